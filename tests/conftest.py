@@ -255,5 +255,5 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "split" not in line]
 
 
-def find_label_names(file: Path, columns: ReadOptions) -> list[str]:
-    return labels.find_label_names(data.inspect(file, columns).labels, file)
+def find_label_names(file: Path, options: ReadOptions) -> list[str]:
+    return labels.find_label_names(data.inspect(file, options).labels, file)

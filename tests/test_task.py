@@ -13,7 +13,7 @@ from conftest import CPU, refusal
 from sklearn import metrics as reference
 
 from sst2_xlmr.config import Config
-from sst2_xlmr.data.rows import Row, columns_for, inspect, read_rows
+from sst2_xlmr.data.rows import Row, inspect, read_options_for, read_rows
 from sst2_xlmr.data.sniff import ReadOptions
 from sst2_xlmr.evaluation import metrics
 from sst2_xlmr.labels import split_labels
@@ -150,13 +150,13 @@ PROBABILITIES = (0.6 * GENERATOR.random_sample((300, 5)) + 0.3 * TRUE).round(2).
 NAMES = ["a", "b", "c", "d", "e"]
 
 
-def read(file: Path, content: str, columns: ReadOptions = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
+def read(file: Path, content: str, read_options: ReadOptions = PLAIN, **options: Any) -> tuple[Task, list[Row]]:
     file.write_text(content, encoding="utf-8")
-    found = inspect(file, columns)
+    found = inspect(file, read_options)
     config, labels, named = Config(**options), found.labels, found.layout.class_names.values()
     task = task_kind(config, labels).from_labels(config, labels, labels, named, file)
     check_options(task, config)
-    return task, list(read_rows(file, columns, task))
+    return task, list(read_rows(file, read_options, task))
 
 
 def json_rows(*labels: Any) -> str:
@@ -180,25 +180,25 @@ SEVERAL = {"task": "multi-label"}
     ],
 )
 def test_several_labels_however_they_are_written(tmp_path: Path, name: str, content: str, options: Any) -> None:
-    columns = ReadOptions(format="fasttext") if name.endswith(".txt") else PLAIN
-    task, rows = read(tmp_path / name, content, columns, **options)
+    options = ReadOptions(format="fasttext") if name.endswith(".txt") else PLAIN
+    task, rows = read(tmp_path / name, content, options, **options)
     assert isinstance(task, MultiLabel)
     assert task.label_names == ["a", "b", "c"]
     assert [row.label.tolist() for row in rows[:3]] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
 
 
 def test_columns_of_0_and_1_are_several_labels_and_those_of_probabilities_one(tmp_path: Path) -> None:
-    columns = ReadOptions(labels=("toxic", "insult"))
-    task, rows = read(tmp_path / "a.csv", "text,toxic,insult\nx,1,0\ny,0,0\nz,1,1\n", columns)
+    options = ReadOptions(labels=("toxic", "insult"))
+    task, rows = read(tmp_path / "a.csv", "text,toxic,insult\nx,1,0\ny,0,0\nz,1,1\n", options)
     assert (type(task), task.label_names) == (MultiLabel, ["toxic", "insult"])
     assert [row.label.tolist() for row in rows] == [[1, 0], [0, 0], [1, 1]]
     assert task.read_label({"toxic": "-1", "insult": -1}, "") is None, "a row of a test file that is not scored"
     rows_of = {'{"toxic": 1, "insult": 0}': (3, 1), '{"toxic": 0, "insult": 1}': (2, 2)}
     assert ["--task single-label" in note for note in task.label_warnings(rows_of)] == [True]
     assert not task.label_warnings({**rows_of, '{"toxic": 1, "insult": 1}': (1, 3)})
-    columns = ReadOptions(labels=("probability_no", "probability_yes"))
+    options = ReadOptions(labels=("probability_no", "probability_yes"))
     content = "text,probability_no,probability_yes\nx,0.25,0.75\ny,0.9,0.1\n"
-    task, rows = read(tmp_path / "b.csv", content, columns)
+    task, rows = read(tmp_path / "b.csv", content, options)
     assert (type(task), task.label_names) == (SingleLabel, ["no", "yes"])
     np.testing.assert_allclose([row.label for row in rows], [[0.25, 0.75], [0.9, 0.1]], rtol=1e-6)
 
@@ -258,14 +258,14 @@ def test_numpy_and_python_lists_are_read() -> None:
 
 
 def test_weights_are_read_and_rows_of_weight_0_are_absent(tmp_path: Path) -> None:
-    file, columns = tmp_path / "a.csv", ReadOptions(weight="w")
-    _, rows = read(file, "text,label,w\nx,a,2\ny,b,0\nz,b,0.5\nu,c,0\n", columns)
+    file, options = tmp_path / "a.csv", ReadOptions(weight="w")
+    _, rows = read(file, "text,label,w\nx,a,2\ny,b,0\nz,b,0.5\nu,c,0\n", options)
     assert [(row.text, row.weight) for row in rows] == [("x", 2.0), ("z", 0.5)]
-    assert inspect(file, columns).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
-    asked = [columns_for(Config(weight_column="w"), split) for split in ("train", "dev")]
-    assert asked == [columns, ReadOptions()], "evaluation counts every row once"
+    assert inspect(file, options).check(file, SingleLabel(["a", "b"]), drop=False) == {"weight 0": 2}
+    asked = [read_options_for(Config(weight_column="w"), split) for split in ("train", "dev")]
+    assert asked == [options, ReadOptions()], "evaluation counts every row once"
     for bad in ("-1", "nan", "many", ""):
-        says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", columns)
+        says = refusal(read, file, f"text,label,w\nx,a,{bad}\ny,b,1\n", options)
         assert "line 2: the weight " in says and " is not a number of 0 or more" in says
 
 

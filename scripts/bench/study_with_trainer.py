@@ -56,7 +56,7 @@ def write_peer_inputs(words: list[str], folder: Path) -> tuple[dict[str, Any], T
     for name in _LACKS.split():
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--peer: the Trainer does not have {flag(name)}; put it into a --setting")
-    if inputs.whole.weights is not None or getattr(inputs.task, "is_soft", False):
+    if inputs.all_training_rows.weights is not None or getattr(inputs.task, "is_soft", False):
         raise UserError("--peer: the Trainer has neither soft labels nor row weights; leave them out of the files")
     arrays: dict[str, np.ndarray] = {}
     for split, cache in inputs.caches.items():
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs, task = write_peer_inputs(asked.for_train, folder / TRAINER)
     peer = functools.partial(train_peer, own.peer, asked.for_train, inputs, task, folder / TRAINER)
     ours = {name: functools.partial(study_runs.train, words, folder / name) for name, words in asked.settings.items()}
-    study_runs.compare(asked.seeds, folder, {TRAINER: peer, **ours})
+    study_runs.run_and_compare(asked.seeds, folder, {TRAINER: peer, **ours})
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, columns_for, read_rows
+from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, read_options_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
-from sst2_xlmr.data.token_cache import TokenCache, find_duplicates, inspected, tokenize_files
+from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, find_duplicates, tokenize_files
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
 from sst2_xlmr.model.tokenizer import LongTexts, Tokenizer
@@ -28,7 +28,7 @@ class Split:
     """The files of a split, and what they contain."""
 
     files: list[Path]
-    columns: ReadOptions
+    read_options: ReadOptions
     inspections: list[Inspection]  # one per file
     is_labelled: bool = True  # and so has a cache; a test file may have no labels
     source_rows: np.ndarray | None = None  # int64, indices among the files' usable rows; None for all of them
@@ -37,7 +37,7 @@ class Split:
 
     def rows(self, task: Task | None) -> Iterator[tuple[Path, Row]]:
         """Return the split's usable rows, each with its file."""
-        rows = ((file, row) for file in self.files for row in read_rows(file, self.columns, task))
+        rows = ((file, row) for file in self.files for row in read_rows(file, self.read_options, task))
         if self.source_rows is None:
             return rows
         own = set(self.source_rows.tolist())
@@ -60,14 +60,14 @@ class Inputs:
     encoder: encoders.EncoderFolder
     splits: dict[str, Split]
     caches: dict[str, TokenCache]  # only of the labelled splits; train's has the rows to train on
-    whole: TokenCache  # all rows of the training files
-    leaks: dict[str, np.ndarray]  # split -> int64, the rows of `whole` whose text is also there; only splits with any
+    all_training_rows: TokenCache  # all rows of the training files
+    leaks: dict[str, np.ndarray]  # of splits with any: int64, the rows of `all_training_rows` whose text is also there
 
     def place_of(self, split: str, row: int) -> str:
-        """Return `FILE:LINE` of a split's row; for train, of a row of `whole`."""
+        """Return `FILE:LINE` of a split's row; for train, of a row of `all_training_rows`."""
         cache, source_rows = self.caches[split], self.splits[split].source_rows
         if split == "train":
-            cache, source_rows = self.whole, None
+            cache, source_rows = self.all_training_rows, None
         source_row = row if source_rows is None else source_rows[row]
         file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
         return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
@@ -89,9 +89,9 @@ def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str,
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first
         classes = tuple(labels) if all(map(str.isdecimal, labels)) else ()  # of the files after train's
-        columns = replace(columns_for(config, name), classes=classes)
+        read_options = replace(read_options_for(config, name), classes=classes)
         try:
-            inspections = [inspected(file, columns) for file in paths]
+            inspections = [cached_inspection(file, read_options) for file in paths]
         except UserError as error:
             if name == "train" or not error.column_option:
                 raise
@@ -102,7 +102,7 @@ def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str,
             for path, inspection in zip(paths, inspections):
                 inspection.check(path, None, config.drop_unusable, known)
         is_labelled = name in ("train", *config.eval_splits) or not all(file.is_unlabelled for file in inspections)
-        splits[name] = Split(paths, columns, inspections, is_labelled)
+        splits[name] = Split(paths, read_options, inspections, is_labelled)
     names_in_files = splits["train"].inspections[0].layout.class_names.values()
     all_labels = _labels_of([file for split in splits.values() for file in split.inspections])
     task = task_kind(config, labels).from_labels(config, labels, all_labels, names_in_files, files["train"][0])
@@ -146,29 +146,32 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
     check_sizes(config, encoder.shape)
     if config.layers:
         encoder = encoders.lowest_layers(encoder, config.layers)
-    how = encoder.tokenizer_file, config.max_length, long_texts_of(config)
+    tokenizer_settings = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    labelled = {name: split for name, split in splits.items() if split.is_labelled}
-    caches = {name: tokenize_files(split.files, how, split.columns, task, load) for name, split in labelled.items()}
-    whole = caches["train"]
-    encoders.check_tokenizer(encoder, whole.vocab_size)
-    is_kept = np.ones(len(whole), bool)  # [rows], whether to train on a row
+    caches = {
+        name: tokenize_files(split.files, tokenizer_settings, split.read_options, task, load)
+        for name, split in splits.items()
+        if split.is_labelled
+    }
+    all_rows = caches["train"]
+    encoders.check_tokenizer(encoder, all_rows.vocab_size)
+    is_kept = np.ones(len(all_rows), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
-        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(whole))
-        rows = stratified_sample(whole.text_digests, task.strata(whole.labels), share, config.seed)
+        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(all_rows))
+        rows = stratified_sample(all_rows.text_digests, task.strata(all_rows.labels), share, config.seed)
         if not len(rows):
-            raise UserError(f"{len(whole):,} training rows are too few to set dev aside; name a --dev-file")
+            raise UserError(f"{len(all_rows):,} training rows are too few to set dev aside; name a --dev-file")
         is_kept[rows] = False
-        caches = {"train": whole, "dev": whole.part(rows), **caches}
-        note = f"{len(rows):,} of {len(whole):,} training rows, set aside as dev, stratified by class"
+        caches = {"train": all_rows, "dev": all_rows.part(rows), **caches}
+        note = f"{len(rows):,} of {len(all_rows):,} training rows, set aside as dev, stratified by class"
         note += "; --dev-file uses another file"
         dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
         splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}
-    leaked = {name: np.flatnonzero(is_kept & np.isin(whole.text_digests, digests)) for name, digests in others.items()}
-    leaks = {name: rows for name, rows in leaked.items() if len(rows)}
+    leaked = {name: is_kept & np.isin(all_rows.text_digests, digests) for name, digests in others.items()}
+    leaks = {name: np.flatnonzero(is_leaked) for name, is_leaked in leaked.items() if is_leaked.any()}
     if config.drop_duplicates:
-        for rows in find_duplicates(whole.text_digests, task.label_keys(whole.labels)):
+        for rows in find_duplicates(all_rows.text_digests, task.label_keys(all_rows.labels)):
             is_kept[rows] = False
     if config.drop_leaks:
         for rows in leaks.values():
@@ -176,6 +179,6 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
     kept = np.flatnonzero(is_kept)
     if not len(kept):
         raise UserError("--drop-duplicates or --drop-leaks leaves no row to train on; turn one of them off")
-    if len(kept) < len(whole):
-        caches["train"], splits["train"] = whole.part(kept), replace(splits["train"], source_rows=kept)
-    return Inputs(config, task, encoder, splits, caches, whole, leaks)
+    if len(kept) < len(all_rows):
+        caches["train"], splits["train"] = all_rows.part(kept), replace(splits["train"], source_rows=kept)
+    return Inputs(config, task, encoder, splits, caches, all_rows, leaks)

@@ -17,21 +17,21 @@ _QUOTING = {"none": "no quotes", "double": "quoted", "single": "quoted by '", "b
 _PLAIN = {("tsv", "\t", "none", True), ("csv", ",", "double", True), ("jsonl", "", "", False)}
 
 
-def description(path: Path, layout: Layout, columns: ReadOptions, rows: int | None = None) -> str:
+def description(path: Path, layout: Layout, options: ReadOptions, rows: int | None = None) -> str:
     """Describe how a file was read; empty for the usual case: the format its name says, UTF-8, with a header."""
     is_named_so = path.name.lower().removesuffix(".gz").endswith(f".{layout.format}")
     is_plain = is_named_so and (layout.format, layout.delimiter, layout.quoting, layout.header) in _PLAIN
-    if is_plain and (layout.encoding, layout.newline, len(columns.texts)) == ("utf-8", "\n", 1 if columns.text else 0):
+    if is_plain and (layout.encoding, layout.newline, len(options.texts)) == ("utf-8", "\n", 1 if options.text else 0):
         return ""
     words = [FORMATS[layout.format] or _DELIMITERS.get(layout.delimiter, repr(layout.delimiter))]
     if layout.quoting:
         words += [_QUOTING[layout.quoting], "header" if layout.header else "no header"]
     words += [layout.encoding] if layout.encoding != "utf-8" else []
     words += ["CR line ends"] if layout.newline == "\r" else []
-    words += [f"text is {' + space + '.join(columns.texts)}"] if len(columns.texts) > 1 else []
-    guess = guessed_columns(path, layout, columns)
-    words += [f"text in column {guess.text}"] if guess.text != columns.text else []
-    words += [f"label in column {guess.label}"] if guess.label != columns.label else []
+    words += [f"text is {' + space + '.join(options.texts)}"] if len(options.texts) > 1 else []
+    guess = guessed_columns(path, layout, options)
+    words += [f"text in column {guess.text}"] if guess.text != options.text else []
+    words += [f"label in column {guess.label}"] if guess.label != options.label else []
     words += [f"{rows:,} rows"] if rows is not None else []
     return f"{path.name}: {', '.join(words)}"
 
@@ -46,7 +46,7 @@ def lines_of(inputs: Inputs) -> list[str]:
     lines = []
     for name, split in inputs.splits.items():
         for path, file in zip(split.files, split.inspections):
-            if text := description(path, file.layout, split.columns, file.rows):
+            if text := description(path, file.layout, split.read_options, file.rows):
                 lines.append(f"read as    {text}")
         if len(split.files) > 1 and name in inputs.caches and (name == "train" or split.source_rows is None):
             counts = zip(split.files, inputs.caches[name].rows_of_files)

@@ -51,14 +51,14 @@ class Row(NamedTuple):
         return [self.text] if self.pair is None else [self.text, self.pair]
 
 
-def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
+def read_options_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
     """Return how the options, if there, say that a split is read; only training rows have weights."""
     given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
     if given.get("format") not in FORMATS:  # export's --format is another option
         given.pop("format", None)
     text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
-    columns = ReadOptions(text or None, pair, label, labels, getattr(options, "weight_column", None), **given)
+    read_options = ReadOptions(text or None, pair, label, labels, getattr(options, "weight_column", None), **given)
     for option in getattr(options, "columns", ()):
         name, _, pairs = option.partition(":")
         if name == split:
@@ -67,8 +67,8 @@ def columns_for(options: argparse.Namespace | Config, split: str = "") -> ReadOp
                 changes["labels"] = ()
             if "text" in changes:
                 changes["text"] = tuple(changes["text"].split("+"))
-            columns = replace(columns, **changes)
-    return columns if split == "train" else replace(columns, weight=None)
+            read_options = replace(read_options, **changes)
+    return read_options if split == "train" else replace(read_options, weight=None)
 
 
 def check_pairs(model: Path, pair: str | None, cure: str) -> None:
@@ -106,21 +106,21 @@ class Positions(NamedTuple):
         return self.class_names[int(index)] if index.isdecimal() and int(index) < len(self.class_names) else label
 
 
-def _positions(path: Path, layout: Layout, columns: ReadOptions, fields: Fields, with_label: bool) -> Positions:
+def _positions(path: Path, layout: Layout, read_options: ReadOptions, fields: Fields, with_label: bool) -> Positions:
     """Find a row's columns; UserError if one is missing, or used twice."""
-    columns = guessed_columns(path, layout, columns)
+    read_options = guessed_columns(path, layout, read_options)
     find = functools.partial(_position, path, layout, fields, with_label)
-    texts = [find("--text-column", name) for name in columns.texts] or [find("--text-column", "sentence", "text")]
-    pair = find("--text-pair-column", columns.pair) if columns.pair else None
-    option = "--label-columns" if columns.labels else "--label-column"
-    labels = [find(option, name) for name in columns.labels or (columns.label,)] if with_label else []
-    weight = find("--weight-column", columns.weight) if columns.weight and with_label else None
+    texts = [find("--text-column", name) for name in read_options.texts] or [find("--text-column", "sentence", "text")]
+    pair = find("--text-pair-column", read_options.pair) if read_options.pair else None
+    option = "--label-columns" if read_options.labels else "--label-column"
+    labels = [find(option, name) for name in read_options.labels or (read_options.label,)] if with_label else []
+    weight = find("--weight-column", read_options.weight) if read_options.weight and with_label else None
     used = [position for position in (*texts, pair, *labels, weight) if position is not None]
     if twice := [position for position in used if used.count(position) > 1]:
         name = fields.names[twice[0]]
         raise UserError(f"{path}: the column {name!r} is named twice; text, second text and label must be different")
     class_names = layout.class_names.get(fields.names[labels[0]], ()) if labels else ()
-    if columns.classes and not {*class_names} <= {*columns.classes}:
+    if read_options.classes and not {*class_names} <= {*read_options.classes}:
         class_names = ()
     return Positions(texts, pair, labels, weight, class_names)
 
@@ -154,13 +154,13 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}", column_option=option)
 
 
-def guessed_columns(path: Path, layout: Layout, columns: ReadOptions) -> ReadOptions:
+def guessed_columns(path: Path, layout: Layout, read_options: ReadOptions) -> ReadOptions:
     """Fill in the numbers of the text and label columns if neither a header nor the options name them."""
-    if not layout.names or layout.header or columns.texts or {"text", "sentence"} & {*layout.names}:
-        return columns
+    if not layout.names or layout.header or read_options.texts or {"text", "sentence"} & {*layout.names}:
+        return read_options
     text, label, _ = _likely_columns(path, layout)
-    label = label if label and columns.label == "label" else columns.label
-    return replace(columns, text=text or columns.text, label=label)
+    label = label if label and read_options.label == "label" else read_options.label
+    return replace(read_options, text=text or read_options.text, label=label)
 
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
@@ -190,7 +190,7 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
     return f" (e.g. {' '.join(itertools.chain.from_iterable(options))})" if options else ""
 
 
-def _rows_with_problems(path: Path, layout: Layout, columns: ReadOptions, with_label: bool) -> Iterator[Checked]:
+def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, with_label: bool) -> Iterator[Checked]:
     """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
@@ -200,7 +200,7 @@ def _rows_with_problems(path: Path, layout: Layout, columns: ReadOptions, with_l
         if fields.names is not names:
             names, positions = fields.names, None
             try:
-                positions = _positions(path, layout, columns, fields, with_label)
+                positions = _positions(path, layout, read_options, fields, with_label)
                 has_all = True
             except UserError as error:  # JSON objects may have different keys
                 if layout.names:
@@ -216,11 +216,11 @@ def _rows_with_problems(path: Path, layout: Layout, columns: ReadOptions, with_l
             text = " ".join(filter(None, texts)) if all(isinstance(each, str) for each in texts) else None
         problem = ""
         if type(text) is not str or not text.isascii() or not text.strip() or "\0" in text:
-            problem = _text_problem(text, columns.may_be_empty)
+            problem = _text_problem(text, read_options.may_be_empty)
         pair = None
         if positions.pair is not None:
             pair = cells[positions.pair]
-            problem = problem or _text_problem(pair, columns.may_be_empty)
+            problem = problem or _text_problem(pair, read_options.may_be_empty)
         label = positions.label_cell(names, cells)
         weight = 1.0
         if positions.weight is not None:
@@ -247,15 +247,15 @@ def _text_problem(text: Any, may_be_empty: bool) -> str:
     return CHARACTERS if (not text.isascii() or "\0" in text) and _UNUSABLE.search(text) else ""
 
 
-def read_rows(path: Path, columns: ReadOptions, task: Task | None) -> Iterator[Row]:
+def read_rows(path: Path, read_options: ReadOptions, task: Task | None) -> Iterator[Row]:
     """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
 
-    With `columns.drop_unusable`, those are left out. Without a task, labels are not read, and texts may be empty.
+    With `read_options.drop_unusable`, those are left out. Without a task, labels are not read, and texts may be empty.
     """
-    layout = find_layout(path, columns)
-    columns = replace(columns, may_be_empty=task is None or columns.may_be_empty)
+    layout = find_layout(path, read_options)
+    read_options = replace(read_options, may_be_empty=task is None or read_options.may_be_empty)
     labels: dict[str, Any] = {}  # text of the cell -> label
-    for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, columns, task is not None):
+    for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, read_options, task is not None):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
@@ -268,8 +268,8 @@ def read_rows(path: Path, columns: ReadOptions, task: Task | None) -> Iterator[R
             problem = NO_LABEL if label is None else ""
         if not problem:
             yield Row(text, pair, label, fields, weight)
-        elif not columns.drop_unusable and problem != WEIGHT_0:
-            inspect(path, columns, task is not None).check(path, task, drop=False)
+        elif not read_options.drop_unusable and problem != WEIGHT_0:
+            inspect(path, read_options, task is not None).check(path, task, drop=False)
             raise UserError(f"{path}, line {fields.line}: changed while it was being read")
 
 
@@ -350,12 +350,12 @@ def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
-def inspect(path: Path, columns: ReadOptions, with_label: bool = True) -> Inspection:
+def inspect(path: Path, read_options: ReadOptions, with_label: bool = True) -> Inspection:
     """Read a whole file, and count its labels and unusable rows; UserError if it cannot be read as its layout says."""
-    layout, rows = find_layout(path, columns), 0
+    layout, rows = find_layout(path, read_options), 0
     problems: Problems = {}
     labels: dict[str, list[int]] = {}
-    for fields, problem, _, _, cell, _ in _rows_with_problems(path, layout, columns, with_label):
+    for fields, problem, _, _, cell, _ in _rows_with_problems(path, layout, read_options, with_label):
         rows += 1
         if problem:
             broken = f"{len(fields.cells)}, not {len(fields.names)}" if problem == COLUMNS else ""
@@ -370,19 +370,19 @@ def inspect(path: Path, columns: ReadOptions, with_label: bool = True) -> Inspec
     return Inspection(layout, rows, problems, labels)
 
 
-def has_columns(path: Path, columns: ReadOptions) -> bool:
+def has_columns(path: Path, read_options: ReadOptions) -> bool:
     """Whether the first row of a file has a text and a label column."""
-    layout = find_layout(path, columns)
+    layout = find_layout(path, read_options)
     first = next(read_fields(path, layout), None)
     try:
-        return first is not None and bool(_positions(path, layout, columns, first, with_label=True))
+        return first is not None and bool(_positions(path, layout, read_options, first, with_label=True))
     except UserError:
         return False
 
 
-def has_labels(path: Path, columns: ReadOptions) -> bool:
+def has_labels(path: Path, read_options: ReadOptions) -> bool:
     """Whether a file has a text and a label column, and any label."""
-    return has_columns(path, columns) and not inspect(path, columns).is_unlabelled
+    return has_columns(path, read_options) and not inspect(path, read_options).is_unlabelled
 
 
 def check_text(text: str, where: str) -> None:

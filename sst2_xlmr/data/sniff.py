@@ -80,17 +80,17 @@ class ReadOptions:
         return {name.lower() for name in names if not name.isdecimal()}
 
 
-def find_layout(path: Path, asked: ReadOptions = ReadOptions()) -> Layout:
+def find_layout(path: Path, options: ReadOptions = ReadOptions()) -> Layout:
     """Detect a file's layout; UserError if it is unreadable, unsupported or ambiguous."""
     try:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return _find_layout(path, asked, stat.st_size, stat.st_mtime_ns)
+    return _find_layout(path, options, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
+def _find_layout(path: Path, options: ReadOptions, *_: int) -> Layout:
     if (path / "dataset_dict.json").is_file():
         raise UserError(f"{path} has several splits; name one of its folders, or train with --data-dir {path}")
     if path.is_dir():
@@ -99,13 +99,13 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
         with opened(path) as (file, name):
             head = file.read(100).lstrip()
         magic = head if head[:1] != b"<" else head.lower()
-        kind = asked.format or next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), "")
+        kind = options.format or next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), "")
         if kind and kind not in FORMATS:
             raise UserError(f"{path} is {kind}")
     if kind == "folder":
         if not any(file.is_file() for file in path.glob("*/*")):
             raise UserError(f"{path} is a folder, but not one with a folder of texts per class; name a file")
-        return Layout("folder", asked.encoding or "utf-8", names=("text", "label", "file"))
+        return Layout("folder", options.encoding or "utf-8", names=("text", "label", "file"))
     if kind in ("parquet", "arrow"):
         names, class_names = containers.arrow_columns(path, kind)
         return Layout(kind, names=names, class_names=class_names)
@@ -115,22 +115,22 @@ def _find_layout(path: Path, asked: ReadOptions, *_: int) -> Layout:
             rows = [[cell or "" for cell in cells] for _, cells in containers.sheet_rows(sheets[0])]
             first, *others = (sheet.title for sheet in sheets)
         note = f"only sheet {first!r} is read, not {shortened(', '.join(map(repr, others)))}; save those as CSV"
-        return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, asked)
-    encoding = asked.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+        return _with_header(path, Layout("xlsx", notes=(note,) if others else ()), rows, options)
+    encoding = options.encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     lines, is_whole = _sample(path, encoding)
     newline, text = "\n", "".join(lines)
     if _CR_AFTER_ROW.match(text) and text.count("\r") - text.count("\r\n") > text.count("\n"):
         newline, lines = "\r", [line + "\r" for line in text.split("\r") if line]
-    layout = _text_layout(path, name, lines, is_whole, asked, encoding)._replace(encoding=encoding, newline=newline)
+    layout = _text_layout(path, name, lines, is_whole, options, encoding)._replace(encoding=encoding, newline=newline)
     if layout.format not in ("tsv", "csv"):
         return layout
     may_be_unquoted = layout.quoting == "none" or (layout.delimiter == "\t" and layout.quoting == "double")
-    if may_be_unquoted and not is_whole and not asked.quoting:
+    if may_be_unquoted and not is_whole and not options.quoting:
         layout = _with_quoting_of_whole(path, layout)
     rows = _parsed(lines, layout.delimiter, layout.quoting, is_whole)
     if not rows:  # the table is broken; the error comes when it is read
         rows = [[cell.strip('"') for cell in lines[0].rstrip("\r\n").split(layout.delimiter)]]
-    return _with_header(path, layout, rows[:SAMPLE_ROWS], asked)
+    return _with_header(path, layout, rows[:SAMPLE_ROWS], options)
 
 
 def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple[list[str], bool]:
@@ -146,8 +146,10 @@ def _sample(path: Path, encoding: str, most: float = SAMPLE_CHARACTERS) -> tuple
     return lines, True
 
 
-def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked: ReadOptions, encoding: str) -> Layout:
-    kind, filled = asked.format, [line for line in lines if line.strip()]
+def _text_layout(
+    path: Path, name: str, lines: list[str], is_whole: bool, options: ReadOptions, encoding: str
+) -> Layout:
+    kind, filled = options.format, [line for line in lines if line.strip()]
     if not filled:
         return Layout(kind or "lines", names=("text",))
     if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
@@ -165,7 +167,7 @@ def _text_layout(path: Path, name: str, lines: list[str], is_whole: bool, asked:
     if kind == "lines" or (kind is None and labels_file):
         class_names = {"label": containers.mapped_names(path)} if labels_file else {}
         return Layout("lines", names=("text", "label") if labels_file else ("text",), class_names=class_names)
-    return _table(name, lines, is_whole, asked)
+    return _table(name, lines, is_whole, options)
 
 
 def _json_format(name: str, filled: list[str]) -> str | None:
@@ -266,17 +268,17 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
     return width, count / max(1, len(rows))
 
 
-def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> Layout:
-    given = "\t" if asked.format == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
-    expected = asked.expected_names
+def _table(name: str, lines: list[str], is_whole: bool, options: ReadOptions) -> Layout:
+    given = "\t" if options.format == "tsv" else DELIMITERS.get(options.delimiter or "", options.delimiter)
+    wanted = options.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
-        quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
+        quoting = options.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
         rows = _parsed(lines, delimiter, quoting, is_whole)
         width, share = _modal_width(rows[1:] or rows)
         fits = bool(rows) and len(_padded_header(rows, width)) - width in (0, 1)
         if width > 1 and (share >= _CONSISTENT or given) and fits:
-            names = sum(cell.strip("\ufeff \"'").lower() in expected for cell in rows[0])
+            names = sum(cell.strip("\ufeff \"'").lower() in wanted for cell in rows[0])
             is_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # its commas are followed by spaces
             # If most rows have a cell with an odd number of quotes, this delimiter cuts through quoted cells.
             is_torn = quoting == "none" and statistics.median(any(c.count('"') % 2 for c in row) for row in rows) > 0
@@ -289,9 +291,9 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> L
         if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
             cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
-    elif name.endswith((".tsv", ".csv")) or asked.format or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
+    elif name.endswith((".tsv", ".csv")) or options.format or given or lines[0].strip('\ufeff\r\n "').lower() in wanted:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
-        quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
+        quoting = options.quoting or _quoting(lines, delimiter, is_whole)
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
@@ -319,17 +321,17 @@ def _padded_header(rows: list[list[str]], width: int) -> list[str]:
     return ["", *header] if all(row[0].isdecimal() for row in others) else header
 
 
-def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadOptions) -> Layout:
+def _with_header(path: Path, layout: Layout, rows: list[list[str]], options: ReadOptions) -> Layout:
     """Add the columns' names, from the header or numbers from 1, and SST-2's class names."""
     if not rows:
         return layout._replace(names=("text",))
     first, width = [cell.strip() for cell in rows[0]], _modal_width(rows[1:] or rows)[0]
-    is_alone = not any(first[1:]) and first[0].lower() not in asked.expected_names
-    if is_alone and asked.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
+    is_alone = not any(first[1:]) and first[0].lower() not in options.expected_names
+    if is_alone and options.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
         start = next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
         lines = f"line 1, {shortened(first[0], 40)!r}, is" if start == 2 else f"lines 1 to {start - 1} are"
         raise UserError(f"{path}: {lines} not part of the table; keep the rest: tail -n +{start} FILE > NEW")
-    header = _has_header(path, [first, *rows[1:]], width, asked) if asked.header is None else asked.header
+    header = _has_header(path, [first, *rows[1:]], width, options) if options.header is None else options.header
     if not header:
         return layout._replace(names=tuple(map(str, range(1, width + 1))))
     names, notes, class_names = _padded_header([first, *rows[1:]], width), layout.notes, {}
@@ -341,11 +343,11 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], asked: ReadO
     return layout._replace(header=True, names=tuple(names), class_names=class_names, notes=notes)
 
 
-def _has_header(path: Path, rows: list[list[str]], width: int, asked: ReadOptions) -> bool:
+def _has_header(path: Path, rows: list[list[str]], width: int, options: ReadOptions) -> bool:
     """Whether the first row names the columns; UserError if that is ambiguous."""
     first, others = rows[0], [row for row in rows[1:] if len(row) == width]
     filled_names = [cell for cell in first if cell]
-    is_expected = bool({"text", "sentence", *asked.expected_names} & {cell.lower() for cell in first})
+    is_expected = bool({"text", "sentence", *options.expected_names} & {cell.lower() for cell in first})
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
     if is_expected or (len(first) > 1 and filled_names in counted):
         return True

@@ -68,36 +68,38 @@ class TokenCache:
 
 def tokenize_files(
     paths: list[Path],
-    how: tuple[Path, int, LongTexts],
-    columns: ReadOptions,
+    tokenizer_settings: tuple[Path, int, LongTexts],
+    read_options: ReadOptions,
     task: Task,
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
 ) -> TokenCache:
     """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed once, with the tokenizer that `load` returns for `how` (its file, maximum length, long texts), and
+    It is computed once, with the tokenizer that `load` returns for its settings (file, maximum length, long texts), and
     then read from disk; all parameters except `load` are part of the cache key. UserError for a bad row (see
     `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
-    tokenizer_file, *settings = how
+    tokenizer_file, *settings = tokenizer_settings
     of_labels = task.problem_type, replace(task, thresholds=())
-    depends_on = columns, tokenizer_digest(tokenizer_file), settings, of_labels
-    return _cached(
-        paths, depends_on, lambda folder: _write_cache(folder, paths, load(*how), columns, task), _open_cache
-    )
-
-
-def inspected(path: Path, columns: ReadOptions) -> Inspection:
-    """Return `inspect(path, columns)`, from the cache if the file has not changed."""
+    depends_on = read_options, tokenizer_digest(tokenizer_file), settings, of_labels
 
     def write(folder: Path) -> None:
-        (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, columns))), encoding="utf-8")
+        _write_cache(folder, paths, load(*tokenizer_settings), read_options, task)
+
+    return _cached(paths, depends_on, write, _open_cache)
+
+
+def cached_inspection(path: Path, read_options: ReadOptions) -> Inspection:
+    """Return `inspect(path, read_options)`, from the cache if the file has not changed."""
+
+    def write(folder: Path) -> None:
+        (folder / "inspection.json").write_text(json.dumps(vars(inspect(path, read_options))), encoding="utf-8")
 
     def read(folder: Path, digest: str) -> Inspection:
         stored = json.loads((folder / "inspection.json").read_text(encoding="utf-8"))
         return Inspection(**{**stored, "layout": Layout(*stored["layout"]), "digest": digest})
 
-    return _cached([path], columns, write, read)
+    return _cached([path], read_options, write, read)
 
 
 @functools.cache
@@ -186,11 +188,11 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
             yield pending.popleft().result()
 
 
-def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns: ReadOptions, task: Task) -> None:
+def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, read_options: ReadOptions, task: Task) -> None:
     occurs, chunks, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [], [0] * len(paths)
     with (folder / "ids.bin").open("wb") as file:
         for number, path in enumerate(paths):
-            for chunk in _tokenize_chunks(read_rows(path, columns, task), tokenizer, task):
+            for chunk in _tokenize_chunks(read_rows(path, read_options, task), tokenizer, task):
                 ids = chunk.pop("ids")
                 file.write(ids.tobytes())
                 occurs[ids] = True
@@ -199,7 +201,7 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, columns:
     arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     arrays["starts"] = np.cumsum(arrays["lengths"], dtype=np.int64) - arrays["lengths"]
     arrays["distinct_ids"] = np.flatnonzero(occurs).astype(np.int32)
-    if not columns.weight:
+    if not read_options.weight:
         del arrays["weights"]
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)

@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from sst2_xlmr.data.prepare import inspect_splits
-from sst2_xlmr.data.rows import Row, check_pairs, columns_for, in_chunks, read_rows, texts_of
+from sst2_xlmr.data.rows import Row, check_pairs, in_chunks, read_options_for, read_rows, texts_of
 from sst2_xlmr.data.token_cache import text_digests
 from sst2_xlmr.model.classifier import task_of
 from sst2_xlmr.model.encoders import find_encoder, find_model, model_folder
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
+from sst2_xlmr.programs import options, study_runs
+from sst2_xlmr.programs.study_runs import Trained, checked_config, split_words, train, write_rows
 from sst2_xlmr.task import check_options, main_metric
 from sst2_xlmr.util.errors import UserError, refuse
 from sst2_xlmr.util.files import digest_of, digest_of_input, read_json, write_text
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     refuse(("dev" not in splits, "distill needs rows to evaluate on; name them with --dev-file"))
     check_options(plan.task, plan)
     for file in plan.unlabelled:
-        next(read_rows(file, columns_for(config, "unlabelled"), None))  # a UserError if the file cannot be read
+        next(read_rows(file, read_options_for(config, "unlabelled"), None))  # a UserError if the file cannot be read
     plan.teachers = [model_folder(name) for name in plan.teacher]
     for teacher in plan.teachers:
         check_pairs(teacher, config.text_pair_column, "--text-pair-column NAME")
@@ -72,7 +72,7 @@ def digests_of(rows: list[Row]) -> np.ndarray:
 
 def usable_rows(plan: argparse.Namespace, file: Path) -> Iterator[tuple[list[Row], list[Row]]]:
     """Yield a file's rows in chunks: all of them, and those whose texts are neither empty nor known."""
-    for chunk in in_chunks(read_rows(file, columns_for(plan.config, "unlabelled"), None), ROWS_AT_ONCE):
+    for chunk in in_chunks(read_rows(file, read_options_for(plan.config, "unlabelled"), None), ROWS_AT_ONCE):
         is_known = np.isin(digests_of(chunk), plan.known)
         yield chunk, [row for row, known in zip(chunk, is_known) if not known and row.text.strip()]
 
@@ -135,7 +135,7 @@ def train_student(plan: argparse.Namespace, round: int, seed: int) -> Trained:
         has_teachers = round == 1 and plan.teachers
         teach(plan, folder, plan.teachers if has_teachers else [former / f"seed-{n}/model" for n in plan.seeds])
     files = {"train": folder / "train.jsonl", **plan.evaluated}
-    return train(words_for(plan.config, plan.task, files, plan.unlabelled_weight != 1), folder, seed)
+    return train(study_runs.train_arguments(plan.config, plan.task, files, plan.unlabelled_weight != 1), folder, seed)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
     runs = {"labelled": functools.partial(train, plan.baseline, plan.output_dir / "labelled")}
     for number in range(1, plan.rounds + 1):
         runs[f"round-{number}"] = functools.partial(train_student, plan, number)
-    compare(plan.seeds, plan.output_dir, runs, by_setting=True)
+    study_runs.run_and_compare(plan.seeds, plan.output_dir, runs, by_setting=True)

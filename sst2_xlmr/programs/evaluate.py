@@ -14,8 +14,8 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import check_pairs, columns_for
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
+from sst2_xlmr.data.rows import check_pairs, read_options_for
+from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, tokenize_files
 from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
@@ -118,10 +118,10 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
     splits, caches = {}, {}
     check_options(task, arguments)
     for name, file in arguments.files.items():
-        given = columns_for(arguments, name)
+        given = read_options_for(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")
-        columns = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
-        splits[name] = Split([file], columns, [inspected(file, columns)])
+        read_options = replace(given, may_be_empty=not given.drop_unusable, classes=tuple(task.label_names))
+        splits[name] = Split([file], read_options, [cached_inspection(file, read_options)])
     label_ids: dict[str, int] = {}
     if label_names := getattr(arguments, "label_names", None):
         labels = [label for split in splits.values() for label in split.inspections[0].labels]
@@ -131,14 +131,14 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         label_ids = {key: task.label_names.index(names[i]) for key, i in numbers.items()}
     task = replace(task, label_ids=label_ids)
     for split in splits.values():
-        (file,), (inspection,), columns = split.files, split.inspections, split.columns
-        left_out = inspection.check(file, task, columns.drop_unusable)
-        notes = description(file, inspection.layout, columns, inspection.rows), left_out_of(left_out)
+        (file,), (inspection,), read_options = split.files, split.inspections, split.read_options
+        left_out = inspection.check(file, task, read_options.drop_unusable)
+        notes = description(file, inspection.layout, read_options, inspection.rows), left_out_of(left_out)
         for note in filter(None, notes):
             print(f"read as    {note}", file=sys.stderr)
-    how = tokenizer.file, tokenizer.max_length, tokenizer.long_texts
+    tokenizer_settings = tokenizer.file, tokenizer.max_length, tokenizer.long_texts
     for name, split in splits.items():
-        caches[name] = tokenize_files(split.files, how, split.columns, task, lambda *_: tokenizer)
+        caches[name] = tokenize_files(split.files, tokenizer_settings, split.read_options, task, lambda *_: tokenizer)
     return task, splits, caches
 
 

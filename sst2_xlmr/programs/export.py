@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sst2_xlmr.config import EVAL_BATCH_TOKENS, flag, named_file, named_files
 from sst2_xlmr.data.formats import KINDS, or_list
-from sst2_xlmr.data.rows import ReadOptions, Row, columns_for, has_labels, read_rows
+from sst2_xlmr.data.rows import ReadOptions, Row, has_labels, read_options_for, read_rows
 from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import predict
 from sst2_xlmr.export.folder import read_card, write_all_but_weights, write_folder
@@ -95,13 +95,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def read_texts(file: Path, columns: ReadOptions, task: Task | None = None) -> Iterator[Row]:
+def read_texts(file: Path, read_options: ReadOptions, task: Task | None = None) -> Iterator[Row]:
     """Yield a file's rows, with labels if there is a task; a file of an unknown kind has one text per line."""
-    return read_rows(file, columns if is_rows_file(file) else ReadOptions(format="lines"), task)
+    return read_rows(file, read_options if is_rows_file(file) else ReadOptions(format="lines"), task)
 
 
 def read_checks(
-    check_files: list[str], columns: ReadOptions, task: Task, takes_pairs: bool, has_label_column: bool
+    check_files: list[str], read_options: ReadOptions, task: Task, takes_pairs: bool, has_label_column: bool
 ) -> dict[str, Rows]:
     """Return name -> rows of --check-file, which must have labels if `has_label_column`; by default, the sentences."""
     if not check_files:
@@ -109,8 +109,8 @@ def read_checks(
         return {"sentences": ((SENTENCES, None), None), **pairs}
     checks: dict[str, Rows] = {}
     for name, file in named_files(check_files, "--check-file").items():
-        is_labelled = is_rows_file(file) and (has_label_column or has_labels(file, columns))
-        rows = list(read_texts(file, columns, task if is_labelled else None))
+        is_labelled = is_rows_file(file) and (has_label_column or has_labels(file, read_options))
+        rows = list(read_texts(file, read_options, task if is_labelled else None))
         seconds = [row.pair for row in rows if row.pair is not None]
         labels = np.array([row.label for row in rows]) if is_labelled else None
         checks[name] = ([row.text for row in rows], seconds or None), labels
@@ -179,9 +179,9 @@ def write_hugging_face(encoder: EncoderFolder, folder: Path, dtype: str, card: s
     return classify_with_folder(folder)
 
 
-def trim(encoder: EncoderFolder, files: list[str], columns: ReadOptions, folder: Path) -> EncoderFolder:
+def trim(encoder: EncoderFolder, files: list[str], read_options: ReadOptions, folder: Path) -> EncoderFolder:
     """Write a model folder with the vocabulary of some files, and check that these get bitwise equal predictions."""
-    rows = [row for file in files for row in read_texts(Path(file), columns)]
+    rows = [row for file in files for row in read_texts(Path(file), read_options)]
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
     left = write_trimmed(encoder, texts, folder)
     trimmed = find_encoder(str(folder))
@@ -209,8 +209,8 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
-    columns = replace(columns_for(arguments), classes=tuple(task.label_names))
-    checks = read_checks(arguments.check_file, columns, task, takes_pairs, "label_column" in arguments)
+    read_options = replace(read_options_for(arguments), classes=tuple(task.label_names))
+    checks = read_checks(arguments.check_file, read_options, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []
     expected, card = classify_with_folder(Path(encoder.name)), read_card(encoder.weights_file.parent)
     if kind == "torchscript":
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     output = arguments.output.absolute()
     with write_errors(arguments.output), scratch_folder(output) as scratch:
         if arguments.keep_vocabulary_of:
-            encoder = trim(encoder, arguments.keep_vocabulary_of, columns_for(arguments), scratch / "trimmed")
+            encoder = trim(encoder, arguments.keep_vocabulary_of, read_options_for(arguments), scratch / "trimmed")
         summary = write(arguments, encoder, task_of(encoder), scratch / "written")
         put_in_place(scratch / "written", output, replaces=False)
     say(f"{arguments.output}: {summary}")

@@ -26,7 +26,7 @@ from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import MAX_CHARACTERS, Fields, kind_of
 from sst2_xlmr.data.report import description
-from sst2_xlmr.data.rows import Row, check_pairs, check_text, columns_for, in_chunks, read_rows, texts_of
+from sst2_xlmr.data.rows import Row, check_pairs, check_text, in_chunks, read_options_for, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_chunks(arguments: argparse.Namespace) -> Chunks:
     """Return the rows to classify, in chunks: from the file, the sentences, or standard input."""
     if arguments.input:  # its first rows are read now, so that a wrong column raises a UserError here
-        chunks = in_chunks(read_rows(arguments.input, columns_for(arguments), None), ROWS_AT_ONCE)
+        chunks = in_chunks(read_rows(arguments.input, read_options_for(arguments), None), ROWS_AT_ONCE)
         return itertools.chain([next(chunks)], chunks)
     if arguments.sentences:
         return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
@@ -174,7 +174,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iter
     """Write the output files atomically."""
     new_columns = task.columns(arguments.all_probabilities)
     numbers = output.glue_label_ids(task.label_names) if arguments.glue_submission else {}
-    layout = find_layout(arguments.input, columns_for(arguments)) if arguments.input else None
+    layout = find_layout(arguments.input, read_options_for(arguments)) if arguments.input else None
     has_names = not layout or layout.header or not layout.delimiter  # without a header in the input, write none
     columns, row = None, 0
     with contextlib.ExitStack() as stack:
@@ -191,8 +191,8 @@ def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iter
 
 def say_layout(arguments: argparse.Namespace) -> None:
     """Print to standard error how the input was read, if its format is unusual, and how pandas reads the output."""
-    columns, path = columns_for(arguments), arguments.output
-    if note := description(arguments.input, find_layout(arguments.input, columns), columns):
+    read_options, path = read_options_for(arguments), arguments.output
+    if note := description(arguments.input, find_layout(arguments.input, read_options), read_options):
         print(f"read as    {note}", file=sys.stderr)
     if path and kind_of(path) == ".tsv":
         how = f"pandas.read_csv({str(path)!r}, sep='\\t', quoting=3, keep_default_na=False) reads it"
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     tune_memory()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
     cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
-    check_pairs(arguments.models[0], columns_for(arguments).pair, cure)
+    check_pairs(arguments.models[0], read_options_for(arguments).pair, cure)
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.is_complete:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sst2_xlmr.data.formats import row_text
-from sst2_xlmr.data.rows import Row, columns_for, read_rows
+from sst2_xlmr.data.rows import Row, read_options_for, read_rows
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import text_digests
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
     options.check_output("--output-dir", output_dir, makes_parents=True)
-    columns = columns_for(arguments)
-    layout, rows = find_layout(path, columns), list(read_rows(path, columns, None))
-    label = columns.label if not columns.label.isdecimal() else rows[0].fields.names[int(columns.label) - 1]
+    read_options = read_options_for(arguments)
+    layout, rows = find_layout(path, read_options), list(read_rows(path, read_options, None))
+    label = rows[0].fields.names[int(label) - 1] if (label := read_options.label).isdecimal() else label
     are_free, splits = np.ones(len(rows), bool), {}
     if parts_apart:
         firsts = [tuple(row.text.casefold().split()) for row in rows]

@@ -28,8 +28,8 @@ from sst2_xlmr.data.token_cache import TokenCache, text_digests
 from sst2_xlmr.evaluation.evaluate import length_sorted_batches, model_logits, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
-from sst2_xlmr.programs import options
-from sst2_xlmr.programs.study_runs import Trained, checked_config, compare, split_words, train, words_for, write_rows
+from sst2_xlmr.programs import options, study_runs
+from sst2_xlmr.programs.study_runs import Trained, checked_config, split_words, train, write_rows
 from sst2_xlmr.task import Task, main_metric
 from sst2_xlmr.util.device import choose_device
 from sst2_xlmr.util.errors import UserError, refuse
@@ -101,8 +101,8 @@ def linear_probe(config: Config) -> float:
 def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarray]:
     """Return the config, its task and training rows, and the number of each row's fold, int64 [rows], from 1."""
     if config.dev_file or config.dev_share or config.eval_file:
-        options = "--dev-file, --dev-share and --eval-file"
-        raise UserError(f"--folds evaluates on parts of the training rows; leave out {options}")
+        others = "--dev-file, --dev-share and --eval-file"
+        raise UserError(f"--folds evaluates on parts of the training rows; leave out {others}")
     files = [str(file) for file in find_files(config)[0]["train"]]
     task, splits = inspect_splits(dataclasses.replace(config, data_dir=None, train_file=files, test_file=[]))
     rows = list(splits["train"].rows(task))
@@ -117,7 +117,7 @@ def train_fold(folder: Path, config: Config, task: Task, rows: FileRows, fold_of
     files = {name: folder / f"{name}.jsonl" for name in ("train", "dev")}
     for path, is_own in zip(files.values(), (fold_of != fold, fold_of == fold)):
         write_rows(path, task, (rows[number][1] for number in np.flatnonzero(is_own)))
-    return train(words_for(config, task, files), folder, config.seed)
+    return train(study_runs.train_arguments(config, task, files), folder, config.seed)
 
 
 def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileRows, fold_of: np.ndarray) -> list[str]:
@@ -158,12 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     folders = {name: study.output_dir / name for name in study.settings}
     if not study.folds:
         runs = {name: functools.partial(train, words, folders[name]) for name, words in study.settings.items()}
-        compare(study.seeds, study.output_dir, runs)
+        study_runs.run_and_compare(study.seeds, study.output_dir, runs)
         probe = linear_probe(next(iter(study.configs.values())))
         print(f"linear probe on the frozen encoder: dev {probe:.4f}")
         return
     folded = {name: (folders[name], *divide(config, study.folds)) for name, config in study.configs.items()}
     by_fold = {name: functools.partial(train_fold, *setting) for name, setting in folded.items()}
-    compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
+    study_runs.run_and_compare(list(range(1, study.folds + 1)), study.output_dir, by_fold, "fold")
     for setting in folded.values():
         print("\n".join(["", *write_out_of_fold(*setting)]))

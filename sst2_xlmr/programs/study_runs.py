@@ -59,7 +59,7 @@ def write_rows(path: Path, task: Task, rows: Iterable[Row]) -> None:
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
 
-def words_for(config: Config, task: Task, files: Mapping[str, Path], has_weights: bool = False) -> list[str]:
+def train_arguments(config: Config, task: Task, files: Mapping[str, Path], has_weights: bool = False) -> list[str]:
     """Return train.py's command line: the config's options, with these files (of `write_rows`) as its data."""
     kept = [name for name in OPTIONS if name not in GROUPS["data"] or name in _OF_ROWS]
     others = {name: str(file) for name, file in files.items() if name not in ("train", "dev")}
@@ -146,7 +146,7 @@ def train(words: list[str], setting_folder: Path, seed: int) -> Trained:
     return is_unfinished, {**dict(values), "best dev": best, "seconds": seconds_of(folder)}
 
 
-def compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:
+def run_and_compare(seeds: list[int], folder: Path, runs: Runs, unit: str = "seed", by_setting: bool = False) -> None:
     """Run every setting with every seed, write study.json and print a table.
 
     Runs go seed by seed, so that all settings meet the same state of the machine, unless `by_setting`.

@@ -74,7 +74,7 @@ def header_lines(
 
 def data_report(inputs: Inputs) -> list[str]:
     """Return a line each for duplicates, conflicting labels and leaks, if the training rows have any."""
-    config, train = inputs.config, inputs.whole
+    config, train = inputs.config, inputs.all_training_rows
     keys = inputs.task.label_keys(train.labels)
     duplicates, conflicts = find_duplicates(train.text_digests, keys)
     drop_duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
@@ -101,8 +101,8 @@ def data_report(inputs: Inputs) -> list[str]:
 def describe_rows(inputs: Inputs) -> str:
     """Return the rows of every file, and how many of them are trained on or truncated."""
     counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
-    if len(inputs.caches["train"]) < len(inputs.whole):
-        counts["train"] += f" of {len(inputs.whole):,}"
+    if len(inputs.caches["train"]) < len(inputs.all_training_rows):
+        counts["train"] += f" of {len(inputs.all_training_rows):,}"
     rows = ", ".join(f"{split} {count}" for split, count in counts.items())
     length, kind = inputs.config.max_length, inputs.config.long_texts
     if kind == "windows":

@@ -140,14 +140,14 @@ def test_rows_come_back_as_they_were_written(ending: str, rows: list[tuple[str, 
     """For training, and with all of their cells for prediction."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a" + ending)
-        columns = ReadOptions("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
+        options = ReadOptions("one", "two", quoting=ASKED.get(kind_of(path)), header=True)
         written = [[NAMES[label], text, pair, other] for text, pair, label, other in rows]
         write(path, ["label", "one", "two", "other"], written)
-        found = [row[:3] for row in read_rows(path, columns, SingleLabel(NAMES))]
-        whole = [list(row.fields.cells) for row in read_rows(path, columns, None)]
+        found = [row[:3] for row in read_rows(path, options, SingleLabel(NAMES))]
+        whole = [list(row.fields.cells) for row in read_rows(path, options, None)]
         seen = sorted({NAMES[label] for _, _, label, _ in rows})
         if len(seen) > 1:
-            assert find_label_names(path, columns) == seen
+            assert find_label_names(path, options) == seen
     expected = [[as_tsv_has_it(cell) for cell in row] if kind_of(path) == ".tsv" else row for row in written]
     assert whole == expected
     assert found == [(text, pair, NAMES.index(label)) for label, text, pair, _ in expected]

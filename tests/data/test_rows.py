@@ -14,9 +14,9 @@ from sst2_xlmr.labels import label_notes, resolve_label_names
 from sst2_xlmr.task import SingleLabel
 
 
-def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, columns: ReadOptions = ReadOptions()) -> list[Any]:  # noqa: B008
+def rows(path: Path, content: bytes, names: list[str] = SST2_NAMES, options: ReadOptions = ReadOptions()) -> list[Any]:  # noqa: B008
     path.write_bytes(content)
-    return [row[:3] for row in read_rows(path, columns, SingleLabel(names))]
+    return [row[:3] for row in read_rows(path, options, SingleLabel(names))]
 
 
 def labels_file(folder: Path, labels: list[object]) -> Path:
@@ -31,7 +31,7 @@ EXPECTED = [("a fine film", None, 1), ("a poor one", None, 0)]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "columns"),
+    ("name", "content", "options"),
     [
         ("glue.tsv", b"sentence\tlabel\na fine film\t1\na poor one\t0\n", ReadOptions()),
         ("hugging_face.csv", b"idx,text,label\n0,a fine film,1\n1,a poor one,0\n", ReadOptions()),
@@ -47,11 +47,11 @@ EXPECTED = [("a fine film", None, 1), ("a poor one", None, 0)]
         ("headless.csv", b"a fine film,1\na poor one,0\n", ReadOptions("1", label="2", header=False)),
     ],
 )
-def test_columns(tmp_path: Path, name: str, content: bytes, columns: ReadOptions) -> None:
-    assert rows(tmp_path / name, content, columns=columns) == EXPECTED
+def test_columns(tmp_path: Path, name: str, content: bytes, options: ReadOptions) -> None:
+    assert rows(tmp_path / name, content, options=options) == EXPECTED
     pairs = b"premise,hypothesis,label\nit rains,it is wet,0\n"
-    for columns in (ReadOptions("premise", "hypothesis"), ReadOptions("1", "2", "3")):
-        assert rows(tmp_path / "pairs.csv", pairs, columns=columns) == [("it rains", "it is wet", 0)]
+    for options in (ReadOptions("premise", "hypothesis"), ReadOptions("1", "2", "3")):
+        assert rows(tmp_path / "pairs.csv", pairs, options=options) == [("it rains", "it is wet", 0)]
 
 
 def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_bad_rows_are_named_with_their_line(tmp_path: Path, name: str, content: 
 def test_columns_must_differ_and_several_texts_are_joined(tmp_path: Path) -> None:
     content = b"title,body,label\nGood,a fine film,1\n,a poor one,0\n"
     expected = [("Good a fine film", None, 1), ("a poor one", None, 0)]
-    assert rows(tmp_path / "a.csv", content, columns=ReadOptions(("title", "body"))) == expected
+    assert rows(tmp_path / "a.csv", content, options=ReadOptions(("title", "body"))) == expected
     assert "column 'body' is named twice" in refusal(
-        rows, tmp_path / "a.csv", content, columns=ReadOptions("2", "body")
+        rows, tmp_path / "a.csv", content, options=ReadOptions("2", "body")
     )
-    assert "1 without text (line 3)" in refusal(rows, tmp_path / "a.csv", content, columns=ReadOptions("body", "title"))
-    line = refusal(rows, tmp_path / "a.csv", content, columns=ReadOptions("4"))
+    assert "1 without text (line 3)" in refusal(rows, tmp_path / "a.csv", content, options=ReadOptions("body", "title"))
+    line = refusal(rows, tmp_path / "a.csv", content, options=ReadOptions("4"))
     assert "has 3 columns, from 1 to 3: there is no --text-column 4" in line
-    line = refusal(rows, tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', columns=ReadOptions("1"))
+    line = refusal(rows, tmp_path / "a.jsonl", b'{"text": "x", "label": 1}\n', options=ReadOptions("1"))
     assert "no column '1' among text, label" in line, "the order of an object's keys is none"
 
 

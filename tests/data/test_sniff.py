@@ -32,9 +32,9 @@ def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
 
 def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[list[str | None]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    columns = ReadOptions(text or None, **asked)
-    cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, columns, None)]
-    return [[text, row.get(columns.label, list(row.values())[-1])] for text, row in cells]
+    options = ReadOptions(text or None, **asked)
+    cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, options, None)]
+    return [[text, row.get(options.label, list(row.values())[-1])] for text, row in cells]
 
 
 def labelled(path: Path) -> list[Row]:
@@ -125,8 +125,8 @@ PROSE = ["Good, but not, really great", "Nice, too, really", "Well, no, never"]
 def test_commas_of_prose_part_no_columns(tmp_path: Path, header: str, rows: int) -> None:
     lines = "".join(f"{line}\n" for line in PROSE[:rows])
     (tmp_path / "a.txt").write_text(header + lines)
-    columns = ReadOptions(("text",) if header else None, may_be_empty=True)
-    assert [row.text for row in read_rows(tmp_path / "a.txt", columns, None)] == PROSE[:rows]
+    options = ReadOptions(("text",) if header else None, may_be_empty=True)
+    assert [row.text for row in read_rows(tmp_path / "a.txt", options, None)] == PROSE[:rows]
 
 
 @pytest.mark.parametrize("mark", [";", " |", "\t"])

@@ -17,7 +17,7 @@ from sst2_xlmr.data import token_cache
 from sst2_xlmr.data.batches import BatchLoader, MicroBatch, dropout_keys, rows_in_training_order, select_rows
 from sst2_xlmr.data.rows import inspect, read_rows
 from sst2_xlmr.data.sniff import ReadOptions
-from sst2_xlmr.data.token_cache import TokenCache, inspected, tokenize_files
+from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, tokenize_files
 from sst2_xlmr.model.tokenizer import CUT, LongTexts, Tokenizer
 from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.distributed import World
@@ -67,10 +67,10 @@ def test_chunks_change_nothing(cache: TokenCache, tiny_encoder: Path, tmp_path: 
         {"task": SingleLabel(["1", "0"])},
         {"task": SingleLabel(SST2_NAMES, label_ids={"1": 0, "0": 1})},
         {"task": SingleLabel(SST2_NAMES, is_soft=True)},
-        {"columns": ReadOptions(text="other")},
-        {"columns": ReadOptions(pair="other")},
-        {"columns": ReadOptions(label="stars")},
-        {"columns": ReadOptions("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
+        {"read_options": ReadOptions(text="other")},
+        {"read_options": ReadOptions(pair="other")},
+        {"read_options": ReadOptions(label="stars")},
+        {"read_options": ReadOptions("1", label="3", header=False), "task": SingleLabel(["label", "1"])},
     ],
     ids=str,
 )
@@ -81,7 +81,7 @@ def test_whatever_changes_the_ids_makes_a_new_cache(tiny_encoder: Path, tmp_path
 
     def tokenized(max_length: int = 20, long_texts: LongTexts = CUT, **other: Any) -> TokenCache:
         how = tokenizer_file, max_length, long_texts
-        return tokenize_files([file], how, **{"columns": ReadOptions(), "task": TASK, **other})
+        return tokenize_files([file], how, **{"read_options": ReadOptions(), "task": TASK, **other})
 
     before = tokenized()
     if not change:  # the same size, one piece another
@@ -96,8 +96,8 @@ def test_a_file_is_inspected_once(tokens: Path, tmp_path: Path, monkeypatch: Pat
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\tstars\nx\tgood\t1\ny\tbad\t2\n")
 
-    def labels(**columns: Any) -> dict[str, list[int]]:
-        return inspected(file, ReadOptions(**columns)).labels
+    def labels(**options: Any) -> dict[str, list[int]]:
+        return cached_inspection(file, ReadOptions(**options)).labels
 
     assert labels() == {"good": [1, 2], "bad": [1, 3]}
     assert list(labels(label="stars")) == ["1", "2"]
@@ -157,7 +157,7 @@ def test_a_file_that_changes_meanwhile_is_not_cached(tiny_encoder: Path, tokens:
     digests = map(str, itertools.count())
     monkeypatch.setattr(token_cache, "source_digest", lambda _: next(digests))
     assert "train.tsv changed while it was being read" in refusal(tokenize_sample, tiny_encoder)
-    line = refusal(inspected, SAMPLE_DATA / "train.tsv", ReadOptions())
+    line = refusal(cached_inspection, SAMPLE_DATA / "train.tsv", ReadOptions())
     assert "train.tsv changed while it was being read" in line
     assert list(tokens.iterdir()) == []
 

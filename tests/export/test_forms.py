@@ -107,8 +107,8 @@ def test_onnx_answers_alike_without_torch(model: Path, tmp_path: Path, from_ids:
 
 def test_pairs_to_compare_on_stay_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("text\tother\tlabel\nx\ty\tb\n")
-    file, columns = str(tmp_path / "a.tsv"), ReadOptions(pair="other")
-    texts, labels = read_checks([file], columns, SingleLabel(["a", "b"]), takes_pairs=True, has_label_column=False)["a"]
+    file, options = str(tmp_path / "a.tsv"), ReadOptions(pair="other")
+    texts, labels = read_checks([file], options, SingleLabel(["a", "b"]), takes_pairs=True, has_label_column=False)["a"]
     assert (texts, labels) == ((["x"], ["y"]), [1])
 
 
