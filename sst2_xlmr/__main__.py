@@ -39,15 +39,15 @@ def _run(program: str | None, words: list[str]) -> None:
             print(f"sst2-xlmr {sst2_xlmr.__version__}, {versions.versions()}")
             return
         if first not in programs:
-            cure = hint(first, programs) or f"there are {', '.join(programs)}"
-            raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {cure}")
+            fix = hint(first, programs) or f"there are {', '.join(programs)}"
+            raise UserError((f"unknown command {first}" if first else "no command is given") + f"; {fix}")
         program = first
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of this srun; SLURM_NTASKS is the whole job's
     is_lone = "SLURM_PROCID" in os.environ and not {"RANK", "WORLD_SIZE"} & os.environ.keys()
     if program == "train" and tasks != "1" and is_lone:
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_PROCID"])  # so that only the first task reports it
-        cure = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
-        raise UserError(f"srun started {tasks} tasks, which would train separately; {cure}")
+        fix = "start one torchrun per node (see scripts/train.sbatch), or set RANK=0 for independent runs"
+        raise UserError(f"srun started {tasks} tasks, which would train separately; {fix}")
     if os.environ.get("WORLD_SIZE", "1") == "1":  # else one of the processes says it, which is found below
         options.refuse_wrong_flags(program, words)
         limit_threads()

@@ -48,8 +48,8 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             word = (message.split(":", 1)[1].split() or ["''"])[0].split("=")[0]
             flags = [known for known in self._option_string_actions if known.startswith("--")]
-            cure = hint(word, flags) if word.startswith("--") else ""
-            raise UserError(f"unknown argument {word}; {cure or 'see --help'}")
+            fix = hint(word, flags) if word.startswith("--") else ""
+            raise UserError(f"unknown argument {word}; {fix or 'see --help'}")
         raise UserError(f"{message}; see --help")
 
 
@@ -88,8 +88,8 @@ def read_config_file(path: Path, resume: bool = False) -> dict[str, Any]:
     values = read_json(path, "--config takes the config.json of a run")
     version = str(values.pop("sst2_xlmr", "before 0.2"))
     if resume and version.split(".")[:2] != __version__.split(".")[:2]:
-        cure = f"resume it with that version, or start over with --config {path} --output-dir NEW_DIR"
-        raise UserError(f"version {version} wrote the run in {path.parent}, and this is {__version__}: {cure}")
+        fix = f"resume it with that version, or start over with --config {path} --output-dir NEW_DIR"
+        raise UserError(f"version {version} wrote the run in {path.parent}, and this is {__version__}: {fix}")
     for name, value in values.items():
         if name not in OPTIONS:
             raise UserError(f"{path}: unknown option {name!r}; {hint(name, OPTIONS) or 'remove it'}")
@@ -174,18 +174,18 @@ def _resumed_config(flags: dict[str, Any]) -> Config:
         raise UserError("--resume needs --output-dir, the folder of the run to continue")
     folder = Path(flags["output_dir"])
     if not (folder / "config.json").is_file():
-        cure = "give the --output-dir of a run, or start without --resume"
-        raise UserError(f"nothing to resume: {folder / 'config.json'} does not exist; {cure}")
+        fix = "give the --output-dir of a run, or start without --resume"
+        raise UserError(f"nothing to resume: {folder / 'config.json'} does not exist; {fix}")
     config = Config(**read_config_file(folder / "config.json", resume=True))
     for name, value in flags.items():
-        former = getattr(config, name)
-        if value != former and not OPTIONS[name].metadata["changeable"]:
-            was = "its default" if former is None else shown(former)
-            cure = "leave it out, or start a new run"
+        previous = getattr(config, name)
+        if value != previous and not OPTIONS[name].metadata["changeable"]:
+            was = "its default" if previous is None else shown(previous)
+            fix = "leave it out, or start a new run"
             if name in ("epochs", "max_steps", "early_stopping_patience"):  # to train for longer
-                cure += f", e.g. from its model: --encoder {folder / 'model'} --output-dir NEW_DIR"
+                fix += f", e.g. from its model: --encoder {folder / 'model'} --output-dir NEW_DIR"
             problem = f"{flag(name)} {shown(value)} differs from {was}, with which the run in {folder} was started"
-            raise UserError(f"{problem}; {cure}")
+            raise UserError(f"{problem}; {fix}")
     return dataclasses.replace(config, **flags)
 
 
@@ -198,8 +198,8 @@ def _check_outputs(config: Config, resume: bool) -> None:
             if name == "output_dir" and not resume and folder.exists():
                 files = folder.iterdir() if folder.is_dir() else [folder]
                 if not all(is_scratch(file) or file.name == LOCK_NAME for file in files):  # of a start that was killed
-                    cure = "continue it with --resume or choose another directory"
-                    raise UserError(f"--output-dir {folder} already exists; {cure}")
+                    fix = "continue it with --resume or choose another directory"
+                    raise UserError(f"--output-dir {folder} already exists; {fix}")
             parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")

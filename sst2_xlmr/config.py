@@ -317,7 +317,7 @@ def shown(value: Any) -> str:
 
 
 def check(config: Config) -> None:
-    """Check values and paths before anything is loaded; a UserError names option, value and cure."""
+    """Check values and paths before anything is loaded; a UserError names option, value and fix."""
     for name, field in OPTIONS.items():
         value = getattr(config, name)
         if value == "":
@@ -327,8 +327,8 @@ def check(config: Config) -> None:
             if "File" in str(field.type):
                 os.fsencode(shown(value))
         except UnicodeEncodeError:
-            cure = "set a locale with UTF-8, such as LC_ALL=C.UTF-8, or rename it"
-            raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {cure}") from None
+            fix = "set a locale with UTF-8, such as LC_ALL=C.UTF-8, or rename it"
+            raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {fix}") from None
         if value is not None and (problem := field.metadata["check"](value)):
             raise UserError(f"{flag(name)} {problem}; got {shown(value)}")
     try:

@@ -42,12 +42,12 @@ def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[
     words = sorted(first_lines.keys() - integers)
     if len(first_lines) < 2:
         problem = f"all rows have the label {_quoted(next(iter(first_lines)))}" if first_lines else "no row has a label"
-        cure = "name the label column with --label-column, or all classes with --label-names"
-        raise UserError(f"{path}: {problem}; {cure}")
+        fix = "name the label column with --label-column, or all classes with --label-names"
+        raise UserError(f"{path}: {problem}; {fix}")
     if integers and words:
         places = [f"{_quoted(label)} in line {first_lines[label]}" for label in (integers[0], words[0])]
-        cure = "make them one, or name the classes with --label-names"
-        raise UserError(f"{path} has integers and words as labels ({', '.join(places)}); {cure}")
+        fix = "make them one, or name the classes with --label-names"
+        raise UserError(f"{path} has integers and words as labels ({', '.join(places)}); {fix}")
     return words or sorted(integers, key=int)
 
 
@@ -98,16 +98,16 @@ def _number(value: object) -> float:
 
 
 def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:
-    """Return an error message for a label that is not a class, with the cure."""
+    """Return an error message for a label that is not a class, with the fix."""
     known = f"not one of {listed(names)}"
     if integers := [int(number) for number in ids if number not in names]:
         known = f"neither one of {listed(names)} nor a number from {min(integers)} to {max(integers)}"
-    cure = ""
+    fix = ""
     if _INTEGER.fullmatch(canonical(label)):
-        cure = "; numbers stand for names only with --label-names, the names in the order of the numbers"
+        fix = "; numbers stand for names only with --label-names, the names in the order of the numbers"
     elif _folded(label) in map(_folded, names):
-        cure = "; it differs from one by case, spaces or signs only: write them alike"
-    return f"label {_quoted(label)} is {known}, the classes of the training file or of --label-names{cure}"
+        fix = "; it differs from one by case, spaces or signs only: write them alike"
+    return f"label {_quoted(label)} is {known}, the classes of the training file or of --label-names{fix}"
 
 
 def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> dict[str, int]:
@@ -179,8 +179,8 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
         first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
         if integers and not first and (integers[0] != 0 or integers[-1] >= count):
             problem = f"{path} has the labels {', '.join(map(str, integers[:10]))}, but --label-names has {count} names"
-            cure = f"give each name its number: --label-names {integers[0]}={names[0]},..."
-            raise UserError(f"{problem}; {cure}")
+            fix = f"give each name its number: --label-names {integers[0]}={names[0]},..."
+            raise UserError(f"{problem}; {fix}")
         integers = list(range(first, first + count))
     return list(names), {str(integer): index for index, integer in enumerate(integers)}
 
@@ -194,14 +194,14 @@ def _check_one_each(first_lines: dict[str, int], path: object) -> None:
         if are_decimal_commas:
             problem = "a score with a decimal comma or several labels; use --task regression or --task multi-label"
         elif is_list or (len(parts) > 1 and all(part in first_lines or part.isdecimal() for part in parts)):
-            cure = "use --task multi-label, or name a column of single labels with --label-column"
-            problem = f"several labels, but a row has one label in this task; {cure}"
+            fix = "use --task multi-label, or name a column of single labels with --label-column"
+            problem = f"several labels, but a row has one label in this task; {fix}"
         elif _FRACTION.fullmatch(label):
-            cure = "use --task regression for scores, or name another column with --label-column"
-            problem = f"a fraction, but a class is an integer or a word; {cure}"
+            fix = "use --task regression for scores, or name another column with --label-column"
+            problem = f"a fraction, but a class is an integer or a word; {fix}"
         else:
             continue
         raise UserError(f"{path}, line {line}: label {_quoted(label)} is {problem}")
     if len(first_lines) > MAX_CLASSES:
-        line, cure = list(first_lines.values())[MAX_CLASSES], "name the label column with --label-column"
-        raise UserError(f"{path}, line {line}: more than {MAX_CLASSES:,} different labels; {cure}")
+        line, fix = list(first_lines.values())[MAX_CLASSES], "name the label column with --label-column"
+        raise UserError(f"{path}, line {line}: more than {MAX_CLASSES:,} different labels; {fix}")

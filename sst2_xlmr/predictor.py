@@ -147,5 +147,5 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            cure = "train it again, or use another model"
-            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {cure}")
+            fix = "train it again, or use another model"
+            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {fix}")

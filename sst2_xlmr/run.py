@@ -20,7 +20,7 @@ from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabul
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import LOWER_IS_BETTER, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
-from sst2_xlmr.training.guard import NOT_FINITE_CURE, check_progress, collapse_reason
+from sst2_xlmr.training.guard import NOT_FINITE_FIX, check_progress, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import group_of
 from sst2_xlmr.training.schedule import Schedule
@@ -80,7 +80,7 @@ class Run:
             self.best_split, self.best_metric = config.best_by, metric
         self.test_splits = [split for split in inputs.caches if split not in ("train", *self.eval_splits)]
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / world.world_size)) // 2)
-        self.memory_cure = f"rerun with --micro-batch-size {half} or less"
+        self.memory_fix = f"rerun with --micro-batch-size {half} or less"
 
     def write_report(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Call a method of `Report` on rank 0's; all ranks raise its UserError."""
@@ -100,7 +100,7 @@ class Run:
             places = ", ".join(self.inputs.place_of("train", int(row)) for row in rows[:50])
             last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
             where = f"step {state.step}{last}, training rows of this batch: {places}"
-            raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_CURE}")
+            raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_FIX}")
         self.optimizer.clear_gradients()
         self.say(f"step {state.step:>6}  gradient is not finite: batch skipped")
 

@@ -240,8 +240,8 @@ class SingleLabel(_Common):
         if config.class_weights == "balanced":
             counts = self.prior(labels, weights)
             if not counts.all():
-                absent, cure = self.label_names[int(counts.argmin())], "or give the weights as numbers"
-                problem = f"the training file has no row of class {absent!r}; leave it out of --label-names, {cure}"
+                absent, fix = self.label_names[int(counts.argmin())], "or give the weights as numbers"
+                problem = f"the training file has no row of class {absent!r}; leave it out of --label-names, {fix}"
                 raise UserError(f"--class-weights balanced: {problem}")
             factors = torch.from_numpy(counts.sum() / (self.outputs * counts)).float()
         factors = None if factors is None else factors.to(device)

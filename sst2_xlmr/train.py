@@ -165,7 +165,7 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
         if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
             run.evaluate_if_due()
             run.save()
-        with memory_errors(run.memory_cure):
+        with memory_errors(run.memory_fix):
             train(run)
         finish(run)
     except Interrupted:
@@ -178,9 +178,9 @@ def run_training(run: Run, checkpoint: Path | None) -> None:
         run.write_report(Report.log_collapse, run.state.step, str(collapse))
         run.save()  # even if this step has a checkpoint, in which the check is still due
         run.ensure_checkpoint()
-        cure = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
+        fix = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")
-        run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {cure}")
+        run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {fix}")
         sys.exit(1)
 
 

@@ -12,7 +12,7 @@ from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of_input, read_errors
 
 Cells = Iterator[tuple[int, list[Any]]]
-_CURE = "save it as CSV UTF-8"
+_FIX = "save it as CSV UTF-8"
 
 
 def shortened(text: object, longest: int = 200) -> str:
@@ -29,8 +29,8 @@ def import_extra(module: str, path: Path, what: str) -> Any:
     except ImportError as error:
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({shortened(error, 100)})"
         requirement = "'pyarrow<25'" if package == "pyarrow" else package
-        cure = f"pip install {requirement} (extra: files), or save it as CSV"
-        raise UserError(f"{path} is {what}, which needs {package}{why}: {cure}") from None
+        fix = f"pip install {requirement} (extra: files), or save it as CSV"
+        raise UserError(f"{path} is {what}, which needs {package}{why}: {fix}") from None
 
 
 def json_rows(text: str, path: Path) -> list[Any]:
@@ -127,7 +127,7 @@ def _arrow_batches(path: Path, kind: str) -> tuple[Any, Iterable[Any]]:
 
 def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Return the columns, and column -> class names from the metadata of `datasets`."""
-    with read_errors(f"{path} as {kind.title()}", _CURE):
+    with read_errors(f"{path} as {kind.title()}", _FIX):
         schema = _arrow_batches(path, kind)[0]
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
         features = metadata.get("info", {}).get("features") or {}
@@ -135,7 +135,7 @@ def arrow_columns(path: Path, kind: str) -> tuple[tuple[str, ...], dict[str, tup
 
 
 def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
-    with read_errors(f"{path} as {kind.title()}", _CURE):
+    with read_errors(f"{path} as {kind.title()}", _FIX):
         batches = ([column.to_pylist() for column in batch.columns] for batch in _arrow_batches(path, kind)[1])
         yield from enumerate((list(cells) for columns in batches for cells in zip(*columns)), 1)
 
@@ -144,7 +144,7 @@ def _arrow_rows(path: Path, kind: str, _: str) -> Cells:
 def excel_sheets(path: Path) -> Iterator[list[Any]]:
     """Open a workbook, and return its sheets of cells."""
     openpyxl = import_extra("openpyxl", path, "an Excel workbook")
-    with read_errors(f"{path} as an Excel workbook", _CURE), path.open("rb") as file:
+    with read_errors(f"{path} as an Excel workbook", _FIX), path.open("rb") as file:
         yield openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
 
 

@@ -76,8 +76,8 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             yield file, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        cure = "truncated, damaged or misnamed; fetch it again"
-        raise UserError(f"{path} is not a complete {kind} file: {cure}") from None
+        fix = "truncated, damaged or misnamed; fetch it again"
+        raise UserError(f"{path} is not a complete {kind} file: {fix}") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
@@ -92,8 +92,8 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
                     problem = f"longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
                     raise UserError(f"{name}, line {number}: {problem}")
                 if "\0" in line:
-                    cure = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
-                    raise UserError(f"{name}, line {number}: has a NUL character; {cure}")
+                    fix = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
+                    raise UserError(f"{name}, line {number}: has a NUL character; {fix}")
                 yield number, line
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not {encoding}: {error.reason}; name its --encoding") from None
@@ -130,8 +130,8 @@ def _csv_rows(lines: Lines, path: Path, layout: Layout) -> Rows:
             first = reader.line_num + 1
     except csv.Error as error:
         problem = f"the row at line {first} is not valid CSV: {error}; is a quotation mark never closed?"
-        cure = 'If quotes are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
-        raise UserError(f"{path}: {problem} {cure}") from None
+        fix = 'If quotes are part of the text, use --quoting none; if they are escaped as \\", --quoting backslash'
+        raise UserError(f"{path}: {problem} {fix}") from None
 
 
 def _json_objects(lines: Lines, path: Path) -> Rows:

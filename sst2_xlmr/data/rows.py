@@ -71,13 +71,13 @@ def read_options_for(options: argparse.Namespace | Config, split: str = "") -> R
     return read_options if split == "train" else replace(read_options, weight=None)
 
 
-def check_pairs(model: Path, pair: str | None, cure: str) -> None:
+def check_pairs(model: Path, pair: str | None, fix: str) -> None:
     """Raise UserError for single texts if the model was trained on pairs, or the other way around."""
     file = model / "config.json"
     takes_pairs = read_json(file, "a model folder is needed").get("text_pairs") if file.is_file() else None
     if takes_pairs is not None and takes_pairs != (pair is not None):
         trained = "pairs of texts; name the second column, too" if takes_pairs else "single texts; leave out"
-        raise UserError(f"{model} was trained on {trained}: {cure}")
+        raise UserError(f"{model} was trained on {trained}: {fix}")
 
 
 class Positions(NamedTuple):
@@ -141,17 +141,17 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
         if matches:
             return matches[0]
     if layout.names and len(names) == 1 and option.startswith("--label"):
-        cure = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
+        fix = "if each line begins with its label, sed 's/ /\\t/' FILE > NEW makes that a column"
         reason = "is read as one column of texts, without labels; if it has more columns, give --delimiter"
-        raise UserError(f"{path} {reason}; {cure}")
+        raise UserError(f"{path} {reason}; {fix}")
     has_header = layout.header or not layout.delimiter
     among = shortened(", ".join(names)) + ("" if has_header else " (it has no header)")
-    absent, cure = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
+    absent, fix = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
     if any("{" in cell_text(cell) for cell in fields.cells if not isinstance(cell, str)):
         rows = "" if layout.format == "jsonl" else ".[] | "
         flatten = f"jq -c '{rows}{{text: .document.text, label: .label}}' FILE > NEW.jsonl"
-        cure = f"its rows are nested; write flat ones, e.g. {flatten}"
-    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {cure}", column_option=option)
+        fix = f"its rows are nested; write flat ones, e.g. {flatten}"
+    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {fix}", column_option=option)
 
 
 def guessed_columns(path: Path, layout: Layout, read_options: ReadOptions) -> ReadOptions:
@@ -248,7 +248,7 @@ def _text_problem(text: Any, may_be_empty: bool) -> str:
 
 
 def read_rows(path: Path, read_options: ReadOptions, task: Task | None) -> Iterator[Row]:
-    """Yield a file's usable rows; UserError, naming file, line and cure, if it has none, or any that are unusable.
+    """Yield a file's usable rows; UserError, naming file, line and fix, if it has none, or any that are unusable.
 
     With `read_options.drop_unusable`, those are left out. Without a task, labels are not read, and texts may be empty.
     """
@@ -319,16 +319,16 @@ class Inspection:
             for kind, (count, line, detail) in problems.items()
         )
         rows = f"{sum(counts):,} of {_rows(self.rows)}" if may_drop else _rows(sum(counts))
-        cure = "fix them, or leave them out with --drop-unusable" if may_drop else "fix them"
+        fix = "fix them, or leave them out with --drop-unusable" if may_drop else "fix them"
         if NO_LABEL in problems and problems[NO_LABEL][2] not in ("''", ""):
-            cure += "; if that is a class, list all with --label-names=A,B,..."
+            fix += "; if that is a class, list all with --label-names=A,B,..."
         elif COLUMNS in problems and self.layout.delimiter:
-            cure += f"; a cell that contains {self.layout.delimiter!r} must be in quotes"
+            fix += f"; a cell that contains {self.layout.delimiter!r} must be in quotes"
             if len(self.layout.names) == 1:
-                cure += ", or read every line as one text with --delimiter tab"
+                fix += ", or read every line as one text with --delimiter tab"
         elif CHARACTERS in problems:
-            cure += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
-        return UserError(f"{path}, line {min(lines)}: {rows} cannot be used: {kinds}; {cure}")
+            fix += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
+        return UserError(f"{path}, line {min(lines)}: {rows} cannot be used: {kinds}; {fix}")
 
     def _check_encoding(self, path: Path) -> None:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
@@ -338,8 +338,8 @@ class Inspection:
             if encoding:
                 line = self.problems[CHARACTERS][1]
                 text = shortened(content.splitlines()[line - 1].decode(encoding, "replace"), 40)
-                cure = f"use --encoding {encoding}, in which it is {text!r}, or another one if that is wrong"
-                raise UserError(f"{path}, line {line}: not UTF-8; {cure}")
+                fix = f"use --encoding {encoding}, in which it is {text!r}, or another one if that is wrong"
+                raise UserError(f"{path}, line {line}: not UTF-8; {fix}")
 
     @property
     def is_unlabelled(self) -> bool:

@@ -32,11 +32,11 @@ _CR_AFTER_ROW = re.compile('([^"\r\n]|"[^"]*")*\r(?!\n)')  # the first row ends 
 _COUNTED = ((0, ""), (1, ""), (1, "V"))  # first number and prefix of the names that pandas and R give to columns
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
-_TREE_CURE = (
+_TREE_FIX = (
     "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
     ' for line in sys.stdin]" < TREES > rows.tsv, and give the columns as 1 (text) and 2 (label)'
 )
-# Magic bytes -> the format, or the reason why it is unsupported, with the cure.
+# Magic bytes -> the format, or the reason why it is unsupported, with the fix.
 _MAGIC = {
     (b"PAR1",): "parquet",
     (b"ARROW1", b"\xff\xff\xff\xff"): "arrow",
@@ -155,7 +155,7 @@ def _text_layout(
     if kind == "fasttext" or (kind is None and all(map(_FASTTEXT.match, filled))):
         return Layout("fasttext", names=("text", "label"))
     if kind is None and all(map(_TREE.match, filled)):
-        raise UserError(f"{path} has parse trees in brackets, like SST's; convert them to rows: {_TREE_CURE}")
+        raise UserError(f"{path} has parse trees in brackets, like SST's; convert them to rows: {_TREE_FIX}")
     kind = kind or _json_format(name, filled)
     if kind == "json":
         whole = lines if is_whole else _sample(path, encoding, math.inf)[0]
@@ -289,8 +289,8 @@ def _table(name: str, lines: list[str], is_whole: bool, options: ReadOptions) ->
         raw = "".join(lines)
         spaced = ([cell for cell in row if re.match(' +"', cell) and delimiter + cell in raw] for row in rows[1:])
         if quoting == "double" and len(rows) > 1 and all(spaced):  # csv would read the quotes in these rows as text
-            cure = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
-            raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
+            fix = f"sed 's/{delimiter} *\"/{delimiter}\"/g' FILE > NEW removes them"
+            raise UserError(f"{name} has spaces before its quotes, which then count as text; {fix}")
     elif name.endswith((".tsv", ".csv")) or options.format or given or lines[0].strip('\ufeff\r\n "').lower() in wanted:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
         quoting = options.quoting or _quoting(lines, delimiter, is_whole)

@@ -134,8 +134,8 @@ def _cached(paths: list[Path], depends_on: Any, write: Callable[[Path], None], r
                 unfinished.rename(folder)
         return read(folder, digest)
     except OSError as error:
-        cure = "set SST2_XLMR_CACHE to a writable folder"
-        raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {cure}") from None
+        fix = "set SST2_XLMR_CACHE to a writable folder"
+        raise UserError(f"cannot write the token cache in {cache_dir}: {error.strerror}; {fix}") from None
 
 
 def text_digests(texts: Iterable[str], pairs: Iterable[str | None]) -> np.ndarray:

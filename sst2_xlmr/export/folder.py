@@ -47,10 +47,10 @@ def read_card(folder: Path) -> str:
     return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
-def with_note(card: str, note: str, former: str = "") -> str:
-    """Return a card with a note appended, without its line that begins with `former`; an empty card stays empty."""
-    if former:
-        card = re.sub(rf"\n*^{re.escape(former)}.*$", "", card, flags=re.MULTILINE)
+def with_note(card: str, note: str, previous: str = "") -> str:
+    """Return a card with a note appended, without its line that begins with `previous`; an empty card stays empty."""
+    if previous:
+        card = re.sub(rf"\n*^{re.escape(previous)}.*$", "", card, flags=re.MULTILINE)
     return f"{card.rstrip()}\n\n{note}\n" if card else ""
 
 

@@ -111,8 +111,8 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
     tokenizer_file = find(_TOKENIZER_NAMES)
     if tokenizer_file is None:
         bert = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
-        cure = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
-        raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{bert}; {cure}")
+        fix = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
+        raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{bert}; {fix}")
     check_settings(tokenizer_file)
     weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
     if weights_file is None:
@@ -152,8 +152,8 @@ def _settings_file(folder: Path) -> Path:
         raise UserError(f"{folder} is an adapter (LoRA); merge it with merge_and_unload() of peft, and save the model")
     if not (folder / "config.json").is_file():
         inner = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
-        cure = f"give the model in it, {inner[-1].parent}" if inner else _LAYOUT
-        raise UserError(f"{folder} has no config.json; {cure}")
+        fix = f"give the model in it, {inner[-1].parent}" if inner else _LAYOUT
+        raise UserError(f"{folder} has no config.json; {fix}")
     return folder / "config.json"
 
 

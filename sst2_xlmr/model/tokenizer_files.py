@@ -74,8 +74,8 @@ def check_settings(file: Path) -> None:
     settings = _read(file.parent / SETTINGS_NAME)
     for key, value in (("do_lower_case", False), ("truncation_side", "right")):
         if settings.get(key, value) != value:
-            cure = f"change the texts in your files instead, and set it to {json.dumps(value)}"
-            raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, which is unsupported; {cure}")
+            fix = f"change the texts in your files instead, and set it to {json.dumps(value)}"
+            raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, which is unsupported; {fix}")
     _steps(_read(file.with_name(JSON_NAME)), file.with_name(JSON_NAME))
 
 

@@ -78,8 +78,8 @@ def head_outputs(file: Path, is_bert: bool) -> int:
     for name, tensor in WeightReader(file).raw.items():
         prefix, table, _ = name.partition("embeddings.word_embeddings.weight")
         if table and name not in EMBEDDING_SOURCES:
-            cure = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
-            raise UserError(f"{file}: its tensors are named {prefix}..., {cure}")
+            fix = "so it is a wrapper or another model; save the model inside the wrapper with save_pretrained()"
+            raise UserError(f"{file}: its tensors are named {prefix}..., {fix}")
         shapes[_xlmr_name(name, is_bert)] = tensor.shape
     has_head = "classifier.dense.weight" in shapes
     return next(iter(shapes.get("classifier.out_proj.weight", ())), 0) if has_head else 0

@@ -129,11 +129,11 @@ def train_student(plan: argparse.Namespace, round: int, seed: int) -> Trained:
     """Train a student of a round."""
     folder = plan.output_dir / f"round-{round}"
     if seed == plan.seeds[0]:
-        former = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")
+        previous = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")
         for name, file in plan.evaluated.items():
             write_rows(file, plan.task, plan.rows[name])
         has_teachers = round == 1 and plan.teachers
-        teach(plan, folder, plan.teachers if has_teachers else [former / f"seed-{n}/model" for n in plan.seeds])
+        teach(plan, folder, plan.teachers if has_teachers else [previous / f"seed-{n}/model" for n in plan.seeds])
     files = {"train": folder / "train.jsonl", **plan.evaluated}
     return train(study_runs.train_arguments(plan.config, plan.task, files, plan.unlabelled_weight != 1), folder, seed)
 

@@ -106,7 +106,7 @@ def write_calibrated(arguments: argparse.Namespace, task: Task, cache: TokenCach
             after = evaluate_all(classifier, {"dev": cache}, arguments.batch_tokens)["dev"].metrics["ece"]
         calibration = describe_calibration(temperature, before, after)
         if temperature != 1 and card:
-            card = with_note(card, f"{CALIBRATED} {arguments.calibrate.name}: {calibration}.", former=CALIBRATED)
+            card = with_note(card, f"{CALIBRATED} {arguments.calibrate.name}: {calibration}.", previous=CALIBRATED)
             (written / CARD_NAME).write_text(card, encoding="utf-8")
         put_in_place(written, output, replaces=False)
     return f"{output}: {calibration}\n"

@@ -204,8 +204,8 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
     takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)
     takes_pairs = kind != "onnx" or arguments.from_ids
     if takes_texts and added_tokens(encoder.tokenizer_file):
-        cure = "use hf, onnx-hf, or onnx with --from-ids"
-        raise UserError(f"--format {kind} has only SentencePiece, but tokens were added to this model's; {cure}")
+        fix = "use hf, onnx-hf, or onnx with --from-ids"
+        raise UserError(f"--format {kind} has only SentencePiece, but tokens were added to this model's; {fix}")
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
         raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")

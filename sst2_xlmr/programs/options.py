@@ -29,8 +29,8 @@ def check_output(option: str, path: Path, overwrite: bool | None = None, makes_p
     An existing file or link may be replaced if `overwrite`, which is None for programs without --overwrite.
     """
     if os.path.lexists(path) and (not overwrite or not path.is_file()):
-        cure = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
-        raise UserError(f"{option} {path} already exists; choose another name{cure}")
+        fix = ", or replace it with --overwrite" if overwrite is False and path.is_file() else ""
+        raise UserError(f"{option} {path} already exists; choose another name{fix}")
     with write_errors(path):
         path = path.absolute()
         if makes_parents:

@@ -82,8 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for option, path in outputs.items():
             options.check_output(option, path, arguments.overwrite)
         if is_begun and not (arguments.resume or arguments.overwrite):
-            cure = "continue it with --resume, or discard it with --overwrite"
-            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {cure}")
+            fix = "continue it with --resume, or discard it with --overwrite"
+            raise UserError(f"rows of an earlier run for {paths[0]} already exist in a hidden folder; {fix}")
     return arguments
 
 
@@ -95,8 +95,8 @@ def read_chunks(arguments: argparse.Namespace) -> Chunks:
     if arguments.sentences:
         return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
     if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
-        cure = "give them as arguments, one per line on standard input, or in a file with --input"
-        raise UserError(f"no sentences: {cure}")
+        fix = "give them as arguments, one per line on standard input, or in a file with --input"
+        raise UserError(f"no sentences: {fix}")
     return available_lines(sys.stdin.buffer)
 
 
@@ -267,13 +267,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_args(argv)
     tune_memory()
     arguments.models, paths = [model_folder(name) for name in arguments.models], arguments.paths
-    cure = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
-    check_pairs(arguments.models[0], read_options_for(arguments).pair, cure)
+    fix = f"{'' if arguments.input else '--input FILE '}--text-pair-column NAME"
+    check_pairs(arguments.models[0], read_options_for(arguments).pair, fix)
     if not (arguments.input and paths):
         predict_stream(arguments)
     elif arguments.is_complete:
-        cure = "if it came from another input or model, rerun with --overwrite instead of --resume"
-        print(f"{paths[0]} is already complete, so nothing was done; {cure}", file=sys.stderr)
+        fix = "if it came from another input or model, rerun with --overwrite instead of --resume"
+        print(f"{paths[0]} is already complete, so nothing was done; {fix}", file=sys.stderr)
     else:
         with distributed.init_distributed(arguments.device, 0, TIMEOUT_MINUTES) as world:
             try:

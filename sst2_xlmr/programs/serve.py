@@ -231,8 +231,8 @@ def supervise(processes: list[Any]) -> None:
     for process in processes:
         process.join()
     if died := [each.exitcode for each in processes if each.exitcode not in (0, *(-number for number in SIGNALS))]:
-        cure = "start it with fewer --workers"
-        raise UserError(f"a worker ended by itself (status {died[0]}), so the service has ended; {cure}")
+        fix = "start it with fewer --workers"
+        raise UserError(f"a worker ended by itself (status {died[0]}), so the service has ended; {fix}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -89,11 +89,11 @@ def check_inputs(words: list[str], run_folder: Path, is_new: bool) -> None:
         files |= {name if len(paths) == 1 else f"{name} {number}": path for number, path in enumerate(paths, 1)}
     digests = {name: digest(file) for name, file in files.items()}
     record = run_folder.with_suffix(".inputs.json")
-    former = digests if is_new or not record.is_file() else json.loads(record.read_text(encoding="utf-8"))
-    for name in {**former, **digests}:
-        if former.get(name) != digests.get(name):
-            cure = "give the same files, or choose another --output-dir"
-            raise UserError(f"{files.get(name, 'nothing')} ({name}) is not the file of the run {run_folder}; {cure}")
+    previous = digests if is_new or not record.is_file() else json.loads(record.read_text(encoding="utf-8"))
+    for name in {**previous, **digests}:
+        if previous.get(name) != digests.get(name):
+            fix = "give the same files, or choose another --output-dir"
+            raise UserError(f"{files.get(name, 'nothing')} ({name}) is not the file of the run {run_folder}; {fix}")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(digests, indent=2) + "\n")
 
@@ -109,7 +109,7 @@ def run(command: list[str], run_folder: Path, is_new: bool) -> None:
 
     If it fails, this program prints the last lines of its output, and exits with its status.
     """
-    log, former_s = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
+    log, previous_s = run_folder.with_suffix(".log"), 0.0 if is_new else seconds_of(run_folder)
     # If this process is killed, the command may keep running, so its time is unknown: `-`, or null in study.json.
     run_folder.with_suffix(".seconds").unlink(missing_ok=True)
     start = time.monotonic()
@@ -119,8 +119,8 @@ def run(command: list[str], run_folder: Path, is_new: bool) -> None:
         status = process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if former_s is not None:
-        write_text(run_folder.with_suffix(".seconds"), f"{former_s + time.monotonic() - start:.1f}\n")
+    if previous_s is not None:
+        write_text(run_folder.with_suffix(".seconds"), f"{previous_s + time.monotonic() - start:.1f}\n")
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         print("\n".join([f"{log}:", *lines[-3:]]), file=sys.stderr)

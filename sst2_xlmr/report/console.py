@@ -81,10 +81,10 @@ def data_report(inputs: Inputs) -> list[str]:
     drop_leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
     lines = []
 
-    def add(kind: str, count: int, has: str, cure: str, *examples: tuple[str, int]) -> None:
+    def add(kind: str, count: int, has: str, fix: str, *examples: tuple[str, int]) -> None:
         rows = f"{count:,} training rows have" if count > 1 else "1 training row has"
         places = " and ".join(inputs.place_of(*example) for example in examples)
-        lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {cure}")
+        lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {fix}")
 
     if count := len(duplicates):
         add("duplicates", count, "the text and label of an earlier one", drop_duplicates, ("train", duplicates[0]))

@@ -28,7 +28,7 @@ from sst2_xlmr.util.tensors import TensorLike, write_tensors
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
 _FILES = (*_TENSOR_FILES, "state.json", "config.json")
 # For a file that cannot be read although the manifest is valid: another program wrote it, or it is forged.
-_CURE = "remove it to use the one before"
+_FIX = "remove it to use the one before"
 # What is saved, besides the random state of every rank.
 CheckpointContents = tuple[TrainState, TrainMeter, AdamW, Vocabulary]
 
@@ -122,7 +122,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
 
 def read_state(checkpoint: Path) -> TrainState:
     """Return the saved state; UserError if the checkpoint cannot be read."""
-    with read_errors(f"the checkpoint {checkpoint}", _CURE):
+    with read_errors(f"the checkpoint {checkpoint}", _FIX):
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
 
 
@@ -133,7 +133,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
     starts a new random stream; apart from dropout, training continues the same up to rounding.
     """
     state, meter, optimizer, vocabulary = contents
-    with read_errors(f"the checkpoint {checkpoint}", _CURE):
+    with read_errors(f"the checkpoint {checkpoint}", _FIX):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         meter.totals = values["meter"]
         meter.start()

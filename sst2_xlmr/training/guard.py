@@ -1,4 +1,4 @@
-"""Guards against collapse, and the cure for gradients that are not finite.
+"""Guards against collapse, and the fix for gradients that are not finite.
 
 Collapse is XLM-R's best-known failure in fine-tuning, mostly at a learning rate too high for the seed: the encoder's
 output no longer depends on its input, and the loss stays at the class-prior baseline. A run that merely learns slowly
@@ -12,7 +12,7 @@ import numpy as np
 from sst2_xlmr.task import Task, stored_task
 from sst2_xlmr.training.state import TrainState
 
-NOT_FINITE_CURE = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
+NOT_FINITE_FIX = "lower --lr or raise --warmup-ratio in a new run, or --resume with --skip-nonfinite N"
 # Check for a collapse if the mean logged loss is at least this fraction of the class-prior baseline, but not in the
 # first steps after warm-up, nor soon after the last check.
 _SUSPICIOUS_LOSS, _STEPS_TO_LEARN, _STEPS_BETWEEN_CHECKS = 0.98, 100, 100

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sst2_xlmr.data.batches import MicroBatch
-from sst2_xlmr.training.guard import NOT_FINITE_CURE
+from sst2_xlmr.training.guard import NOT_FINITE_FIX
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, sum_over_ranks
 from sst2_xlmr.util.errors import raise_on_all
@@ -51,7 +51,7 @@ class TrainMeter:
         seconds = time.monotonic() - self._started
         sums = sum_over_ranks(self._world, torch.stack(list(self._sums.values()))).tolist()
         if not abs(sum(sums) + float(self._norm_sum)) < float("inf"):
-            raise_on_all(f"loss or gradient is not finite at step {step} or shortly before: {NOT_FINITE_CURE}")
+            raise_on_all(f"loss or gradient is not finite at step {step} or shortly before: {NOT_FINITE_FIX}")
         self.totals = {**dict(zip(self._sums, sums)), "seconds": seconds, "grad_norm": float(self._norm)}
 
     def flush(self, state: TrainState, lr: float) -> dict[str, Any]:

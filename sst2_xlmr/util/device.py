@@ -76,8 +76,8 @@ def used_memory_gb() -> float:
 
 
 @contextlib.contextmanager
-def memory_errors(cure: str) -> Iterator[None]:
-    """Turn running out of GPU or CPU memory into a `UserError` of this rank, with the cure."""
+def memory_errors(fix: str) -> Iterator[None]:
+    """Turn running out of GPU or CPU memory into a `UserError` of this rank, with the fix."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -85,5 +85,5 @@ def memory_errors(cure: str) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        text = f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {cure}"
+        text = f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {fix}"
         raise UserError(text, on_this_rank=True) from error

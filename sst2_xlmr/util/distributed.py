@@ -58,8 +58,8 @@ def _read_environment() -> dict[str, int]:
     if not is_consistent:
         has = ", ".join(f"{name}={os.environ[name]}" for name in (*texts, "MASTER_ADDR") if name in os.environ)
         needed = "a RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT are needed"
-        cure = "start train.py with torchrun, which sets them, or unset them to train with one process"
-        raise UserError(f"the environment has {has}, but {needed}; {cure}", on_this_rank=True)
+        fix = "start train.py with torchrun, which sets them, or unset them to train with one process"
+        raise UserError(f"the environment has {has}, but {needed}; {fix}", on_this_rank=True)
     return {name.lower(): number for name, number in zip(texts, numbers[:4])}
 
 
@@ -161,13 +161,13 @@ def gather_objects(world: World, item: Any, group: Any = None) -> list[Any]:
     return [broadcast(world, item, group, source) for source in range(world.world_size)]
 
 
-def check_same(world: World, values: dict[str, Any], cure: str) -> None:
+def check_same(world: World, values: dict[str, Any], fix: str) -> None:
     """Check that ranks with values have rank 0's; UserError on every rank, about the first value that differs."""
     first, *others = gather_objects(world, values)
     for rank, own in enumerate(others, 1):
         for name in own:
             if own[name] != first[name]:
-                raise_on_all(f"rank {rank} has {name} {own[name]}, rank 0 {first[name]}; {cure}")
+                raise_on_all(f"rank {rank} has {name} {own[name]}, rank 0 {first[name]}; {fix}")
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str]:

@@ -31,8 +31,8 @@ BUNDLE_URLS = {name: (f"{_BUCKET}/{name}.encoder.pt", _TOKENIZER_URL) for name i
 SST2_URL = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 SST2_MD5 = "9f81648d4199384278b86e315dac217c"
 SST2_ROWS = {"train.tsv": 67_349, "dev.tsv": 872, "test.tsv": 1_821}
-_CURE = "check the network and any proxy; without internet, run `sst2-xlmr fetch` elsewhere and copy the folder {}, or"
-_CURE += " pass --data-dir / --encoder DIR"
+_FIX = "check the network and any proxy; without internet, run `sst2-xlmr fetch` elsewhere and copy the folder {}, or"
+_FIX += " pass --data-dir / --encoder DIR"
 RETRY_WAITS_S = (1.0, 3.0)
 TIMEOUT_S = 30.0  # of a server's silence
 
@@ -75,8 +75,8 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
     if not folder.exists():
         with _downloaded(SST2_URL, folder.parent, quiet) as archive:
             if (md5 := digest_of(archive, "md5")) != SST2_MD5:
-                cure = _CURE.format(cache_dir())
-                raise UserError(f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {cure}")
+                fix = _FIX.format(cache_dir())
+                raise UserError(f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {fix}")
             extracted = archive.with_name("SST-2")
             extracted.mkdir()
             with zipfile.ZipFile(archive) as opened:
@@ -88,8 +88,8 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
     for name, rows in SST2_ROWS.items():
         file = folder / name
         if not file.is_file() or len(file.read_bytes().splitlines()) != 1 + rows:
-            cure = "move it away, or choose another cache with SST2_XLMR_CACHE (fetch: --cache-dir)"
-            raise UserError(f"{folder} exists, but is not SST-2, whose {name} has {rows:,} rows; {cure}")
+            fix = "move it away, or choose another cache with SST2_XLMR_CACHE (fetch: --cache-dir)"
+            raise UserError(f"{folder} exists, but is not SST-2, whose {name} has {rows:,} rows; {fix}")
     return folder
 
 
@@ -104,8 +104,8 @@ def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
             sync_files(part.parent)
             yield part
     except OSError as error:
-        cure = "free space or make it writable, or set SST2_XLMR_CACHE to another folder"
-        raise UserError(f"cannot use the cache {cache_dir()}: {error}; {cure}") from error
+        fix = "free space or make it writable, or set SST2_XLMR_CACHE to another folder"
+        raise UserError(f"cannot use the cache {cache_dir()}: {error}; {fix}") from error
 
 
 def _download(url: str, part: Path, quiet: bool) -> None:
@@ -131,7 +131,7 @@ def _download(url: str, part: Path, quiet: bool) -> None:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if wait_s is None or getattr(error, "code", 500) < 500:
-                raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_CURE.format(cache_dir())}") from error
+                raise UserError(f"cannot fetch {url}: {error or repr(error)}; {_FIX.format(cache_dir())}") from error
             time.sleep(wait_s)
 
 

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass(eq=False)
 class UserError(Exception):
-    """A user's mistake: one line with the problem, its place and its cure."""
+    """A user's mistake: one line with the problem, its place and its fix."""
 
     text: str
     # Every rank raises it, and rank 0 reports it. If neither flag is set, local rank 0 of each node reports it.
@@ -68,8 +68,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "sst2_xlmr").startswith("sst2_xlmr"):
             raise
-        cure = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
-        _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {cure}"))
+        fix = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
+        _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {fix}"))
     except PermissionError as error:  # while reading; `disk_errors` handles writing
         if error.filename is None:
             raise

@@ -32,8 +32,8 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
 
 
 @contextlib.contextmanager
-def read_errors(what: object, cure: str) -> Iterator[None]:
-    """Turn any exception from reading a missing, damaged or forged file into a `UserError` with the cure."""
+def read_errors(what: object, fix: str) -> Iterator[None]:
+    """Turn any exception from reading a missing, damaged or forged file into a `UserError` with the fix."""
     try:
         yield
     except (UserError, MemoryError):
@@ -42,7 +42,7 @@ def read_errors(what: object, cure: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         if type(error).__name__ == "UnpicklingError":  # torch's message advises running the file's code
             reason = "it holds more than tensors"
-        raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {cure}") from None
+        raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {fix}") from None
 
 
 def digest_of_input(path: Path) -> str:
@@ -51,9 +51,9 @@ def digest_of_input(path: Path) -> str:
         return digest_of(path)
 
 
-def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """Return the JSON object in a user's file; UserError with the cure if there is none."""
-    with read_errors(f"{path} as JSON", cure):
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return the JSON object in a user's file; UserError with the fix if there is none."""
+    with read_errors(f"{path} as JSON", fix):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it does not hold a JSON object")
@@ -77,7 +77,7 @@ def sync_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(
-    what: object, unfinished: Path | None = None, cure: str = "then continue (training: with --resume)"
+    what: object, unfinished: Path | None = None, fix: str = "then continue (training: with --resume)"
 ) -> Iterator[None]:
     """Turn a failed write (e.g. a full disk) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
@@ -87,12 +87,12 @@ def disk_errors(
             shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {cure}") from None
+        raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {fix}") from None
 
 
 def write_errors(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn a failed write outside training into a `UserError`; see `disk_errors`."""
-    return disk_errors(path, cure="or choose another place")
+    return disk_errors(path, fix="or choose another place")
 
 
 @contextlib.contextmanager

@@ -44,13 +44,13 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 if not os.fstat(file.fileno()).st_nlink:  # the other process has just finished, and removed it
                     raise BlockingIOError
             except BlockingIOError:
-                cure = "wait for it, stop it, or choose another --output"
-                raise UserError(f"another process is writing {output}; {cure}") from None
-            former = file.read()
-            if resume and former not in ("", content):
+                fix = "wait for it, stop it, or choose another --output"
+                raise UserError(f"another process is writing {output}; {fix}") from None
+            previous = file.read()
+            if resume and previous not in ("", content):
                 problem = f"the rows in {folder} belong to another model, input, machine or other options"
                 raise UserError(f"{problem}; start again with --overwrite instead of --resume")
-            if not resume or not former:
+            if not resume or not previous:
                 _clear(folder)
                 file.seek(0)
                 file.truncate()

@@ -28,8 +28,8 @@ def unusable() -> str:
     torch = _installed("torch") or OLDEST_TORCH
     if _numbers(torch) >= _numbers(OLDEST_TORCH):
         return ""
-    cure = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
-    return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {cure}"
+    fix = "run `pip install -U torch`, or set up an environment with scripts/setup.sh"
+    return f"torch {torch} is installed, but {OLDEST_TORCH} or newer is needed: {fix}"
 
 
 def has_torchtext() -> bool:

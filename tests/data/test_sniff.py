@@ -240,7 +240,7 @@ def test_parquet_and_excel(tmp_path: Path) -> None:
         (b'"the text\n(here)",label\na film,x\na play,y\na film,x\na play,y\n', "--text-column 1 --label-column label"),
     ],
 )
-def test_what_is_no_table_is_named_with_a_cure(tmp_path: Path, content: bytes, says: str) -> None:
+def test_what_is_no_table_is_named_with_a_fix(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     assert re.search(says, refusal(labelled, tmp_path / "a.csv"))
 

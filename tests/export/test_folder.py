@@ -111,7 +111,7 @@ def test_what_the_user_has_beside_a_model_stays(run_train: RunTrain, model: Path
 def test_a_note_replaces_the_one_before() -> None:
     card = "What it is.\n\nCalibrated: by training.\n"
     for number in range(2):
-        noted = with_note(card, f"Calibrated: temperature {number}.", former="Calibrated: temperature")
+        noted = with_note(card, f"Calibrated: temperature {number}.", previous="Calibrated: temperature")
         assert noted == f"What it is.\n\nCalibrated: by training.\n\nCalibrated: temperature {number}.\n"
     assert with_note("", "Calibrated.") == ""
 

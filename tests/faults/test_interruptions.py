@@ -84,10 +84,10 @@ def test_a_signal_saves_exactly(number: signal.Signals, train_words: Words, whol
 
 
 def test_a_second_signal_does_not_kill_a_process_that_ends() -> None:
-    former = signal.getsignal(signal.SIGUSR1)
+    previous = signal.getsignal(signal.SIGUSR1)
     with StopRequest(ALONE):
         pass
-    assert signal.getsignal(signal.SIGUSR1) == former
+    assert signal.getsignal(signal.SIGUSR1) == previous
     try:
         with StopRequest(ALONE) as stop:
             signal.raise_signal(signal.SIGUSR1)

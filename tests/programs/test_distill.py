@@ -39,12 +39,12 @@ def test_students_learn_from_the_mean_of_the_labelled_runs(options: Words, tmp_p
     assert "round-1: 4 unlabelled texts; 3 left out: labelled, evaluated on, or empty; teacher dev 0." in printed
     configs = [json.loads((folder / name / "seed-3/config.json").read_text()) for name in ("labelled", "round-1")]
     assert [config["epochs"] for config in configs] == [2, 1]
-    for name, former in (("round-1", "labelled"), ("round-2", "round-1")):
+    for name, previous in (("round-1", "labelled"), ("round-2", "round-1")):
         rows = json_lines(folder / name / "train.jsonl")
         assert len(rows) == 50 + 4
         assert [row["text"] for row in rows[50:]] == TEXTS[:4]
         assert {str(row["label"]) for row in rows[:50]} == {"negative", "positive"}
-        models = [sst2_xlmr.load(folder / former / f"seed-{seed}/model", "fp32", "cpu") for seed in (3, 5)]
+        models = [sst2_xlmr.load(folder / previous / f"seed-{seed}/model", "fp32", "cpu") for seed in (3, 5)]
         mean = np.mean([model.probabilities(TEXTS[:4]) for model in models], axis=0)
         assert np.allclose([[*row["label"].values()] for row in rows[50:]], mean, atol=2e-6)
     results = json.loads((folder / "study.json").read_text())
