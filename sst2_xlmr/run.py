@@ -58,7 +58,7 @@ class Run:
         classifier.encoder.requires_grad_(not config.freeze_encoder)
         if not config.freeze_encoder:
             lr_scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, shape.layers, config)
-            self.vocabulary.decay_rate = lr_scale * decay
+            self.vocabulary.scaled_weight_decay = lr_scale * decay
         self.loader = BatchLoader(caches["train"], config, world)
         self.schedule = Schedule(config, len(self.loader), state.eval_every)
         seed_rank(config.seed, world.rank)
@@ -135,8 +135,8 @@ class Run:
         state, may_be_last = self.state, self.schedule.may_be_last(self.state)
         evaluations = {split: self.evaluate_split(split) for split in self.eval_splits}
         self.fit_thresholds(evaluations)
-        value, loss = self.value_of(evaluations), evaluations["dev"].metrics["loss"]
-        is_best = state.is_best(value, loss)
+        score, loss = self.score_of(evaluations), evaluations["dev"].metrics["loss"]
+        is_best = state.is_best(score, loss)
         temperature = self.fit_temperature(evaluations["dev"]) if is_best or may_be_last else 1.0
         self.log_evaluations(evaluations, temperature, plot=may_be_last)
         metrics = {split: self.metrics[split] for split in self.eval_splits}
@@ -147,7 +147,7 @@ class Run:
             except UserError:
                 self.save()  # with the evaluation still due
                 raise
-        state.count_evaluation(value, loss)
+        state.count_evaluation(score, loss)
         state.collapse_check_due |= self.schedule.has_stopped_improving(state)
 
     def fit_thresholds(self, evaluations: dict[str, Evaluation]) -> None:
@@ -166,11 +166,11 @@ class Run:
             self.state.temperature, self.state.ece_before, self.state.ece_after = broadcast(self.world, fitted)
         return self.state.temperature
 
-    def value_of(self, evaluations: dict[str, Evaluation]) -> float:
-        """Return the value by which the best evaluation is chosen; higher is better."""
+    def score_of(self, evaluations: dict[str, Evaluation]) -> float:
+        """Return the score by which the best evaluation is chosen; higher is better."""
         splits = evaluations if self.best_split == "mean" else [self.best_split]
-        value = float(np.mean([evaluations[split].metrics[self.best_metric] for split in splits]))
-        return -value if self.best_metric in LOWER_IS_BETTER else value
+        score = float(np.mean([evaluations[split].metrics[self.best_metric] for split in splits]))
+        return -score if self.best_metric in LOWER_IS_BETTER else score
 
     def log_evaluations(self, evaluations: dict[str, Evaluation], temperature: float, plot: bool) -> None:
         """Report evaluations, by split, of the model with its logits divided by a temperature."""

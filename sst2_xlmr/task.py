@@ -1,4 +1,4 @@
-"""The task: everything that depends on the kind of label, from a file's cell to an exported model's answer.
+"""The task: everything that depends on the kind of label, from a file's cell to an exported model's prediction.
 
 There are three: one of several classes, any number of labels, a score. No other module computes softmax, argmax or
 accuracy, or knows a task by name; they call methods of `Task`. To add a task, write a class with the same methods and
@@ -268,14 +268,14 @@ class SingleLabel(_Common):
         return (losses if weights is None else losses * weights).sum()
 
     def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        """Return the class-prior baseline: the loss, in nats per row, of the best constant answer."""
+        """Return the class-prior baseline: the loss, in nats per row, of the best constant prediction."""
         rows = self.prior(labels, weights)
         counted = rows if self.class_weights is None else rows * self.class_weights.cpu().numpy()
-        answer = (1 - self.label_smoothing) * counted / counted.sum() + self.label_smoothing / self.outputs
-        entropy = -float(sum(p * math.log(p) for p in answer if p > 0))
+        prediction = (1 - self.label_smoothing) * counted / counted.sum() + self.label_smoothing / self.outputs
+        entropy = -float(sum(p * math.log(p) for p in prediction if p > 0))
         return entropy * float(counted.sum() / rows.sum())
 
-    # --- answers
+    # --- predictions
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return fp32 [rows, classes]."""
@@ -307,11 +307,11 @@ class SingleLabel(_Common):
             yield self.label_names[index], true == index, probabilities[:, index]
 
     def is_prediction_changed(self, probabilities: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        """Return bool [rows], whether the answer differs; both arguments are probabilities, [rows, classes]."""
+        """Return bool [rows], whether the prediction differs; both arguments are probabilities, [rows, classes]."""
         return np.asarray(probabilities.argmax(1) != expected.argmax(1))
 
     def near_ties(self, logits: torch.Tensor, distance: float) -> torch.Tensor:
-        """Return bool [rows], whether changing the logits by `distance` may change the answer."""
+        """Return bool [rows], whether changing the logits by `distance` may change the prediction."""
         best, second = logits.topk(2).values.unbind(1)
         return best - second < distance
 
@@ -398,11 +398,11 @@ class SingleLabel(_Common):
         return {"label": (label, "STRING", []), "probabilities": (probabilities, "FLOAT", [self.outputs])}
 
     def parse_exported_outputs(self, outputs: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-        """Return an exported model's answers, like the first of `prediction_cells`, and its probabilities."""
+        """Return an exported model's predictions, like the first of `prediction_cells`, and its probabilities."""
         return list(outputs[0]), np.asarray(outputs[1])
 
     @staticmethod
-    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+    def torchscript_prediction(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
         """Return labels and probabilities, fp32 [texts, classes], of fp32 logits; compiled by TorchScript."""
         probabilities = logits.softmax(-1)
         best: list[int] = probabilities.argmax(-1).tolist()
@@ -413,8 +413,8 @@ class SingleLabel(_Common):
 class MultiLabel(_Common):
     """A text has any number of labels, even none: sigmoid and binary cross-entropy per label, micro and macro F1.
 
-    `SingleLabel` documents the methods. A new head's biases are the logits of the best constant answer: with zeros, the
-    first steps move all texts' features in one direction, because most labels are rare. On GoEmotions' 28 labels,
+    `SingleLabel` documents the methods. A new head's biases are the logits of the best constant prediction: with zeros,
+    the first steps move all texts' features in one direction, because most labels are rare. On GoEmotions' 28 labels,
     training collapsed.
     """
 
@@ -505,8 +505,8 @@ class MultiLabel(_Common):
             prior = self.prior(labels, weights)
             factors = torch.from_numpy(np.where(prior > 0, (1 - prior) / prior.clip(1e-9), 1.0)).float()
         task = replace(self, positive_weights=None if factors is None else factors.to(device))
-        answer = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
-        return replace(task, initial_bias=tuple(np.log(answer / (1 - answer)).tolist()))
+        prediction = task._best_constant(labels, weights)[-1].clip(1e-3, 1 - 1e-3)
+        return replace(task, initial_bias=tuple(np.log(prediction / (1 - prediction)).tolist()))
 
     def prior(self, labels: np.ndarray, weights: Weights) -> np.ndarray:
         """Return fp64 [labels], the fraction of the rows with each label."""
@@ -519,9 +519,9 @@ class MultiLabel(_Common):
         return (losses if weights is None else losses * weights).sum()
 
     def baseline_loss(self, labels: np.ndarray, weights: Weights = None) -> float:
-        prior, positive, answer = self._best_constant(labels, weights)
-        answer = answer.clip(_SMALLEST, 1 - 1e-12)
-        return float(-(positive * np.log(answer) + (1 - prior) * np.log1p(-answer)).mean())
+        prior, positive, prediction = self._best_constant(labels, weights)
+        prediction = prediction.clip(_SMALLEST, 1 - 1e-12)
+        return float(-(positive * np.log(prediction) + (1 - prior) * np.log1p(-prediction)).mean())
 
     def _best_constant(self, labels: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return fp64 [labels] each: the prior, prior * positive weight, and the probabilities of minimal loss."""
@@ -646,7 +646,7 @@ class MultiLabel(_Common):
         return names, np.asarray(probabilities)
 
     @staticmethod
-    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+    def torchscript_prediction(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
         probabilities = logits.sigmoid()
         labels: list[list[str]] = []
         for row in probabilities >= thresholds:
@@ -831,7 +831,7 @@ class Regression(_Common):
         return [round(score, 6) for score in scores[:, 0].tolist()], scores
 
     @staticmethod
-    def torchscript_answer(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
+    def torchscript_prediction(logits: torch.Tensor, names: list[str], thresholds: torch.Tensor) -> Any:
         return logits
 
 
@@ -875,7 +875,7 @@ def problem_type_of(stated: str | None, outputs: int) -> str:
     return Regression.problem_type if outputs == 1 else stated or SingleLabel.problem_type
 
 
-def can_answer(problem_type: str, label_names: Sequence[str]) -> bool:
+def can_predict(problem_type: str, label_names: Sequence[str]) -> bool:
     """Whether a task here has heads of this type, with so many outputs."""
     return problem_type in BY_TYPE and (BY_TYPE[problem_type] is Regression) == (len(label_names) == 1)
 

@@ -153,7 +153,7 @@ def finish(run: Run) -> None:
     if run.config.calibrate:
         run.say(f"calibrated {describe_calibration(state.temperature, state.ece_before, state.ece_after)}")
     chosen = f" (best of {state.evaluations} evaluations, slightly optimistic)" if state.evaluations > 1 else ""
-    value = -state.best_value if run.best_metric in LOWER_IS_BETTER else state.best_value
+    value = -state.best_score if run.best_metric in LOWER_IS_BETTER else state.best_score
     run.say(f"best       {metric} {value:.4f} at step {state.best_step}{chosen}: {folder / 'best'}")
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 

@@ -1,4 +1,4 @@
-"""Tasks: how labels are read, losses, answers, metrics, what exported forms append, when answers have collapsed."""
+"""Tasks: how labels are read, losses, predictions and when they collapse, metrics, what exported forms append."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_a_row_counts_as_often_as_its_class_weighs(smoothing: float) -> None:
     torch.testing.assert_close(task(torch.ones(3), smoothing).loss(LOGITS, LABELS), plain)
 
 
-def answers(deviation: float, classes: int = 2, rows: int = 872) -> np.ndarray:
+def predictions(deviation: float, classes: int = 2, rows: int = 872) -> np.ndarray:
     """Probabilities whose logits, 0.4 for the first class, deviate at random from text to text."""
     logits = deviation * np.random.RandomState(0).normal(size=(rows, classes))
     logits[:, 0] += 0.4
@@ -64,34 +64,34 @@ def answers(deviation: float, classes: int = 2, rows: int = 872) -> np.ndarray:
 
 @pytest.mark.parametrize("classes", [2, 77])
 @pytest.mark.parametrize("untrained", [5e-5, 6e-4, 0.008, 0.3])
-def test_answers_that_do_not_depend_on_the_text(classes: int, untrained: float) -> None:
+def test_predictions_that_do_not_depend_on_the_text(classes: int, untrained: float) -> None:
     """Compared with the untrained model's, which over one layer deviate by 0.00005 only."""
     names = [f"class {number}" for number in range(classes)]
-    before, labels = answers(untrained, classes), np.random.RandomState(1).randint(classes, size=872)
+    before, labels = predictions(untrained, classes), np.random.RandomState(1).randint(classes, size=872)
 
     def alike(probabilities: np.ndarray, labels: np.ndarray = labels) -> bool:
         reason = collapse_reason(SingleLabel(names), probabilities, before[: len(labels)], labels, has_learned=False)
         assert reason in ("", "same prediction for every text of dev: 'class 0'")
         return bool(reason)
 
-    assert alike(answers(0.0, classes)), "the same to the bit"
-    assert alike(answers(0.15 * untrained, classes)), "a little of a text's length"
-    assert not alike(answers(0.7 * untrained, classes)), "a run that learns slowly"
-    probabilities = answers(0.0, classes)
+    assert alike(predictions(0.0, classes)), "the same to the bit"
+    assert alike(predictions(0.15 * untrained, classes)), "a little of a text's length"
+    assert not alike(predictions(0.7 * untrained, classes)), "a run that learns slowly"
+    probabilities = predictions(0.0, classes)
     probabilities[0] = np.roll(probabilities[0], 1)
     assert not alike(probabilities), "two labels"
     assert not alike(probabilities[1:], np.zeros(871, int)), "dev has one class"
     assert alike(np.eye(classes)[np.zeros(872, int)]), "probabilities of 0"
 
 
-def test_answers_that_have_become_useless() -> None:
+def test_predictions_that_have_become_useless() -> None:
     def useless(accuracy: float, sure: float, share: float = 0.5, has_learned: bool = True) -> bool:
         """Answers right in that share of the rows, with that probability for the label; the other rows wrong."""
         labels = (np.arange(1000) < 1000 * share).astype(int)
         is_right = np.random.RandomState(0).random_sample(1000) < accuracy
         probabilities = np.full((1000, 2), 1 - sure)
         probabilities[np.arange(1000), np.where(is_right, labels, 1 - labels)] = sure
-        before = answers(0.1, 2, 1000)
+        before = predictions(0.1, 2, 1000)
         return "had learned" in collapse_reason(SingleLabel(["-", "+"]), probabilities, before, labels, has_learned)
 
     assert useless(0.52, 0.55)
@@ -104,12 +104,12 @@ def test_answers_that_have_become_useless() -> None:
 RESULTS = torch.tensor([[2.0, 0.0, 1.0], [0.5, 0.4, 0.0], [0.0, 3.0, 0.0], [1.0, 1.0, -2.0]])
 
 
-def test_answers_and_cells() -> None:
+def test_predictions_and_cells() -> None:
     probabilities = task().probabilities(RESULTS)
     torch.testing.assert_close(probabilities, RESULTS.exp() / RESULTS.exp().sum(1, keepdim=True))
-    wrong, answer_of = task().mistakes(probabilities.numpy(), np.array([0, 1, 1, 2]))
+    wrong, prediction_of = task().mistakes(probabilities.numpy(), np.array([0, 1, 1, 2]))
     assert wrong.tolist() == [3, 1], "the surest first"
-    assert answer_of(1) == ["b", "a", f"{float(probabilities[1].amax()):.4f}"]
+    assert prediction_of(1) == ["b", "a", f"{float(probabilities[1].amax()):.4f}"]
     row = [0.2, 0.5, 0.3]
     assert task().prediction_cells(row, all_probabilities=False, abstain_below=0.5) == ["b", 0.5]
     assert task().prediction_cells(row, all_probabilities=False, abstain_below=0.51) == ["?", 0.5]
@@ -123,7 +123,7 @@ def test_answers_and_cells() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    """Classes 0 and 1 of three; c is neither a label nor an answer, so it does not count."""
+    """Classes 0 and 1 of three; c is neither a label nor a prediction, so it does not count."""
     labels = np.array([0, 1, 1, 1])
     results = task().row_results(RESULTS, torch.from_numpy(labels))
     torch.testing.assert_close(results[:, 0], F.cross_entropy(RESULTS, torch.from_numpy(labels), reduction="none"))
@@ -371,9 +371,9 @@ def test_a_weight_of_2_is_the_row_twice_and_the_baseline_the_least_constant_loss
     torch.testing.assert_close(once, task.loss(logits[twice], torch.from_numpy(labels[twice])))
     baseline = task.baseline_loss(labels, weights)
     assert baseline == pytest.approx(task.baseline_loss(labels[twice]))
-    answers = torch.randn(2000, task.outputs, generator=torch.Generator().manual_seed(1))
+    predictions = torch.randn(2000, task.outputs, generator=torch.Generator().manual_seed(1))
     rows = torch.from_numpy(labels[twice])
-    losses = [float(task.loss(each.expand(len(rows), -1), rows)) / len(rows) for each in answers]
+    losses = [float(task.loss(each.expand(len(rows), -1), rows)) / len(rows) for each in predictions]
     assert min(losses) * 0.9 <= baseline <= min(losses) + 1e-5
 
 
@@ -388,7 +388,7 @@ def test_hard_labels_are_soft_ones_of_certainty() -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
 
 
-def test_scores_are_scaled_in_training_and_answers_are_in_the_files_scale() -> None:
+def test_scores_are_scaled_in_training_and_predictions_are_in_the_files_scale() -> None:
     labels = np.array([0.0, 5.0, 10.0], np.float32)
     task = Regression(["score"]).for_training(Config(), labels, None, CPU)
     logits = (torch.from_numpy(labels)[:, None] - 5) / np.std(labels)
@@ -443,7 +443,7 @@ def test_the_most_doubtful_label_is_the_one_that_a_sure_model_contradicts() -> N
 
 
 @pytest.mark.parametrize("class_weights", [None, "balanced", "3,1"])
-def test_a_new_head_begins_with_the_best_constant_answer(class_weights: str | None, tiny_encoder: Path) -> None:
+def test_a_new_head_begins_with_the_best_constant_prediction(class_weights: str | None, tiny_encoder: Path) -> None:
     """Its loss is the baseline's, with weights of rows and labels, too."""
     labels = np.array([[1, 0], [0, 0], [0, 0], [1, 1], [0, 0]], np.float32)
     weights, config = np.array([1, 2, 1, 0.5, 1], np.float32), Config(class_weights=class_weights)

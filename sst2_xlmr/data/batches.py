@@ -25,7 +25,7 @@ class MicroBatch(NamedTuple):
     # int64 [rows] or [windows], below 2**32: seeds for an engine's dropout masks, from seed, epoch and row alone
     dropout_keys: torch.Tensor
     global_rows: int  # of the global batch, over all ranks
-    is_real: float = 1.0  # 0.0 for a filler batch, which only keeps this rank in step with the others
+    factor: float = 1.0  # on loss and counts: 0.0 for a filler batch, which only keeps ranks in step
     row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
     global_weight: float = 0.0  # sum of the row weights over the global batch
     windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
@@ -134,7 +134,7 @@ class BatchLoader:
             total += count
         return np.split(rows, starts)
 
-    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, is_real: float) -> MicroBatch:
+    def _batch(self, rows: np.ndarray, epoch: int, global_rows: np.ndarray, factor: float) -> MicroBatch:
         ids, lengths = select_rows(self.cache.ids, self.cache.starts, self.cache.lengths, rows)
         labels = torch.from_numpy(self.cache.labels[rows])
         keys = torch.from_numpy(dropout_keys(rows, self.config.seed, epoch))
@@ -145,4 +145,4 @@ class BatchLoader:
         row_weights, total = None, float(len(global_rows))
         if (weights := self.cache.weights) is not None:
             row_weights, total = torch.from_numpy(weights[rows]), float(weights[global_rows].sum(dtype=np.float64))
-        return MicroBatch(ids, lengths, labels, keys, len(global_rows), is_real, row_weights, total, windows)
+        return MicroBatch(ids, lengths, labels, keys, len(global_rows), factor, row_weights, total, windows)

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     notes: tuple[str, ...] = ()  # warnings for the header
 
 
-class Fields(NamedTuple):
+class SourceRow(NamedTuple):
     """A row of a file, unchanged."""
 
     line: int  # its first line, from 1; in formats without lines, its row
@@ -164,7 +164,7 @@ def _rows_of_lines(lines: Lines, path: Path, layout: Layout) -> Rows:
     return ((number, line.split(layout.delimiter)) for number, line in _row_lines(lines))
 
 
-def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
+def read_source(path: Path, layout: Layout) -> Iterator[SourceRow]:
     """Yield a file's rows, broken ones with more or fewer cells than names; UserError if it has another layout."""
     names = list(layout.names)
     with contextlib.ExitStack() as stack:
@@ -179,7 +179,7 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Fields]:
             if isinstance(cells, dict):
                 names = names if list(cells) == names else list(cells)
                 cells = list(cells.values())
-            yield Fields(number, names, cells)
+            yield SourceRow(number, names, cells)
 
 
 def cell_text(cell: object) -> str:

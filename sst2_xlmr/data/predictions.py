@@ -50,7 +50,7 @@ def extended_rows(
     lines = [row_text(kind, (), [*columns, *_free_names(names, columns)])] if header and is_text_table else []
     last: list[str] = []
     for row, (label, *probabilities) in zip(rows, predictions):
-        here, cells = row.fields.names, row.fields.cells
+        here, cells = row.source.names, row.source.cells
         if here is not last:  # rows with the same columns share one list
             check_columns(row, columns, path)
             last, new = here, _free_names(names, here)
@@ -95,10 +95,10 @@ def _free_names(new: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 def check_columns(row: Row, columns: list[str], path: Path) -> None:
     """Raise UserError if the output's format cannot express a row: other columns in a table, equal names in JSON."""
-    names = row.fields.names
+    names = row.source.names
     if kind_of(path) != ".jsonl":
         if names != columns and sorted(names) != sorted(columns):
-            where = f"line {row.fields.line} of the input"
+            where = f"line {row.source.line} of the input"
             raise UserError(f"{where} has other keys than the first row; let {path} end in .jsonl")
     elif len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -118,7 +118,7 @@ def submission_lines(rows: Sequence[Row], predictions: Sequence[Cells], ids: dic
     """Return GLUE's lines: column `index`, or else a count from `first_row`, tab, 0 or 1; before row 0, a header."""
     lines = ["index\tprediction\n"] if first_row == 0 else []
     for number, (row, (label, *_)) in enumerate(zip(rows, predictions), first_row):
-        names = row.fields.names
-        index = row.fields.cells[names.index("index")] if "index" in names else number
+        names = row.source.names
+        index = row.source.cells[names.index("index")] if "index" in names else number
         lines.append(row_text(".tsv", (), [index, ids[label]]))
     return "".join(lines)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
 from sst2_xlmr.data.containers import READERS, shortened
-from sst2_xlmr.data.formats import Fields, Layout, cell_text, opened, read_fields
+from sst2_xlmr.data.formats import Layout, SourceRow, cell_text, opened, read_source
 from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
 from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
@@ -31,7 +31,7 @@ PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     WEIGHT_0: "with weight 0",
 }
 Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first line, detail
-Checked = tuple[Fields, str, Any, Any, Any, float]  # see `_rows_with_problems`
+Checked = tuple[SourceRow, str, Any, Any, Any, float]  # see `_rows_with_problems`
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     text: str
     pair: str | None  # the second text of a pair
     label: Any  # the result of `task.read_label`; None without a task
-    fields: Fields  # all of its columns, unchanged
+    source: SourceRow  # all of its columns, unchanged
     weight: float = 1.0  # factor on its loss
 
     @property
@@ -106,10 +106,10 @@ class Positions(NamedTuple):
         return self.class_names[int(index)] if index.isdecimal() and int(index) < len(self.class_names) else label
 
 
-def _positions(path: Path, layout: Layout, read_options: ReadOptions, fields: Fields, with_label: bool) -> Positions:
+def _positions(path: Path, layout: Layout, read_options: ReadOptions, source: SourceRow, with_label: bool) -> Positions:
     """Find a row's columns; UserError if one is missing, or used twice."""
     read_options = guessed_columns(path, layout, read_options)
-    find = functools.partial(_position, path, layout, fields, with_label)
+    find = functools.partial(_position, path, layout, source, with_label)
     texts = [find("--text-column", name) for name in read_options.texts] or [find("--text-column", "sentence", "text")]
     pair = find("--text-pair-column", read_options.pair) if read_options.pair else None
     option = "--label-columns" if read_options.labels else "--label-column"
@@ -117,17 +117,17 @@ def _positions(path: Path, layout: Layout, read_options: ReadOptions, fields: Fi
     weight = find("--weight-column", read_options.weight) if read_options.weight and with_label else None
     used = [position for position in (*texts, pair, *labels, weight) if position is not None]
     if twice := [position for position in used if used.count(position) > 1]:
-        name = fields.names[twice[0]]
+        name = source.names[twice[0]]
         raise UserError(f"{path}: the column {name!r} is named twice; text, second text and label must be different")
-    class_names = layout.class_names.get(fields.names[labels[0]], ()) if labels else ()
+    class_names = layout.class_names.get(source.names[labels[0]], ()) if labels else ()
     if read_options.classes and not {*class_names} <= {*read_options.classes}:
         class_names = ()
     return Positions(texts, pair, labels, weight, class_names)
 
 
-def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, option: str, *wanted: str) -> int:
+def _position(path: Path, layout: Layout, source: SourceRow, with_label: bool, option: str, *wanted: str) -> int:
     """Return the position of the first of the wanted columns that exists; UserError if none or two match."""
-    names = fields.names
+    names = source.names
     if layout.names and re.fullmatch("[0-9]{1,6}", wanted[0]):
         if 1 <= int(wanted[0]) <= len(names):
             return int(wanted[0]) - 1
@@ -147,11 +147,11 @@ def _position(path: Path, layout: Layout, fields: Fields, with_label: bool, opti
     has_header = layout.header or not layout.delimiter
     among = shortened(", ".join(names)) + ("" if has_header else " (it has no header)")
     absent, fix = " or ".join(map(repr, wanted)), f"name it with {option}{_proposal(path, layout, with_label)}"
-    if any("{" in cell_text(cell) for cell in fields.cells if not isinstance(cell, str)):
+    if any("{" in cell_text(cell) for cell in source.cells if not isinstance(cell, str)):
         rows = "" if layout.format == "jsonl" else ".[] | "
         flatten = f"jq -c '{rows}{{text: .document.text, label: .label}}' FILE > NEW.jsonl"
         fix = f"its rows are nested; write flat ones, e.g. {flatten}"
-    raise UserError(f"{path}, line {fields.line}: no column {absent} among {among}; {fix}", column_option=option)
+    raise UserError(f"{path}, line {source.line}: no column {absent} among {among}; {fix}", column_option=option)
 
 
 def guessed_columns(path: Path, layout: Layout, read_options: ReadOptions) -> ReadOptions:
@@ -165,8 +165,8 @@ def guessed_columns(path: Path, layout: Layout, read_options: ReadOptions) -> Re
 
 def _likely_columns(path: Path, layout: Layout) -> tuple[str, str, list[str]]:
     """Guess from the first rows the number of the text and the label column, "" if unclear; list columns of 0 and 1."""
-    first = itertools.islice(read_fields(path, layout), 500)
-    rows = [fields.cells for fields in first if len(fields.cells) == len(layout.names)]
+    first = itertools.islice(read_source(path, layout), 500)
+    rows = [source.cells for source in first if len(source.cells) == len(layout.names)]
     columns = {str(i): [str(cell).strip() for cell in column] for i, column in enumerate(zip(*rows), 1)}
     texts = [i for i, cells in columns.items() if sum(" " in cell for cell in cells) > len(cells) / 2]
     labels = [i for i, cells in columns.items() if all(cells) and 1 < len({*cells}) <= max(2, len(cells) / 2)]
@@ -191,16 +191,16 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
 
 
 def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, with_label: bool) -> Iterator[Checked]:
-    """Yield for every row: fields, why it is unusable (empty if it is not), text, second text, label cell, weight."""
+    """Yield for every row: source, why it is unusable (empty if it is not), text, second text, label cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
     has_all = False
-    for fields in read_fields(path, layout):
-        cells = fields.cells
-        if fields.names is not names:
-            names, positions = fields.names, None
+    for source in read_source(path, layout):
+        cells = source.cells
+        if source.names is not names:
+            names, positions = source.names, None
             try:
-                positions = _positions(path, layout, read_options, fields, with_label)
+                positions = _positions(path, layout, read_options, source, with_label)
                 has_all = True
             except UserError as error:  # JSON objects may have different keys
                 if layout.names:
@@ -208,7 +208,7 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
                 missing = missing or error
                 kind = NO_LABEL if error.column_option.startswith("--label") else NO_TEXT
         if positions is None or len(cells) != len(names):
-            yield fields, COLUMNS if positions else kind, None, None, None, 1.0
+            yield source, COLUMNS if positions else kind, None, None, None, 1.0
             continue
         text = cells[positions.texts[0]]
         if len(positions.texts) > 1:
@@ -224,9 +224,9 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
         label = positions.label_cell(names, cells)
         weight = 1.0
         if positions.weight is not None:
-            weight = _weight(cells[positions.weight], f"{path}, line {fields.line}")
+            weight = _weight(cells[positions.weight], f"{path}, line {source.line}")
             problem = problem if weight else WEIGHT_0
-        yield fields, problem, text, pair, label, weight
+        yield source, problem, text, pair, label, weight
     if not has_all:
         raise missing or UserError(f"{path} has no rows")
 
@@ -255,22 +255,22 @@ def read_rows(path: Path, read_options: ReadOptions, task: Task | None) -> Itera
     layout = find_layout(path, read_options)
     read_options = replace(read_options, may_be_empty=task is None or read_options.may_be_empty)
     labels: dict[str, Any] = {}  # text of the cell -> label
-    for fields, problem, text, pair, cell, weight in _rows_with_problems(path, layout, read_options, task is not None):
+    for source, problem, text, pair, cell, weight in _rows_with_problems(path, layout, read_options, task is not None):
         label = None
         if task and not problem:
             key = cell if isinstance(cell, str) else label_text(cell)
             if key in labels:
                 label = labels[key]
             else:
-                label = task.read_label(cell, f"{path}, line {fields.line}")
+                label = task.read_label(cell, f"{path}, line {source.line}")
                 if len(labels) < _MOST_LABELS:
                     labels[key] = label
             problem = NO_LABEL if label is None else ""
         if not problem:
-            yield Row(text, pair, label, fields, weight)
+            yield Row(text, pair, label, source, weight)
         elif not read_options.drop_unusable and problem != WEIGHT_0:
             inspect(path, read_options, task is not None).check(path, task, drop=False)
-            raise UserError(f"{path}, line {fields.line}: changed while it was being read")
+            raise UserError(f"{path}, line {source.line}: changed while it was being read")
 
 
 @dataclass(frozen=True)
@@ -355,25 +355,25 @@ def inspect(path: Path, read_options: ReadOptions, with_label: bool = True) -> I
     layout, rows = find_layout(path, read_options), 0
     problems: Problems = {}
     labels: dict[str, list[int]] = {}
-    for fields, problem, _, _, cell, _ in _rows_with_problems(path, layout, read_options, with_label):
+    for source, problem, _, _, cell, _ in _rows_with_problems(path, layout, read_options, with_label):
         rows += 1
         if problem:
-            broken = f"{len(fields.cells)}, not {len(fields.names)}" if problem == COLUMNS else ""
-            count, line, detail = problems.get(problem, (0, fields.line, "''" if problem == NO_LABEL else broken))
+            broken = f"{len(source.cells)}, not {len(source.names)}" if problem == COLUMNS else ""
+            count, line, detail = problems.get(problem, (0, source.line, "''" if problem == NO_LABEL else broken))
             problems[problem] = (count + 1, line, detail)
         elif with_label:
             label = cell if isinstance(cell, str) and cell in labels else label_text(cell)
             if label in labels:
                 labels[label][0] += 1
             elif len(labels) < _MOST_LABELS:
-                labels[label] = [1, fields.line]
+                labels[label] = [1, source.line]
     return Inspection(layout, rows, problems, labels)
 
 
 def has_columns(path: Path, read_options: ReadOptions) -> bool:
     """Whether the first row of a file has a text and a label column."""
     layout = find_layout(path, read_options)
-    first = next(read_fields(path, layout), None)
+    first = next(read_source(path, layout), None)
     try:
         return first is not None and bool(_positions(path, layout, read_options, first, with_label=True))
     except UserError:

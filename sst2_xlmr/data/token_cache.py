@@ -162,7 +162,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
     """Tokenize on several threads, in order; only a few chunks are in memory at a time."""
 
     def tokenize(rows: list[Row]) -> Arrays:
-        texts, pairs, labels, fields, weights = zip(*rows)
+        texts, pairs, labels, sources, weights = zip(*rows)
         ids, lengths = tokenizer.flat_ids(list(texts), None if pairs[0] is None else list(pairs))
         is_cut = lengths == tokenizer.max_length
         for row in np.flatnonzero(is_cut).tolist():
@@ -173,7 +173,7 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
             "labels": np.asarray(labels, task.label_dtype),
             "text_digests": text_digests(texts, pairs),
             "is_cut": is_cut,
-            "lines": np.array([row.line for row in fields], np.int32),
+            "lines": np.array([row.line for row in sources], np.int32),
             "weights": np.array(weights, np.float32),
         }
 

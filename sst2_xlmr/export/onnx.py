@@ -208,9 +208,9 @@ def write_onnx(
         inputs = [value(name, TensorProto.INT64, ["texts", "length"]) for name in ("input_ids", "attention_mask")]
         ids, mask = "input_ids", graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
     logits = _logits(graph, encoder.shape, ids, mask, window_weights)
-    answer = {"logits": (logits, "FLOAT", [task.outputs])} if logits_only else task.append_to_onnx(graph.add, logits)
-    outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in answer.items()]
-    graph.nodes += [helper.make_node("Identity", [result], [name]) for name, (result, *_) in answer.items()]
+    results = {"logits": (logits, "FLOAT", [task.outputs])} if logits_only else task.append_to_onnx(graph.add, logits)
+    outputs = [value(name, getattr(TensorProto, kind), ["texts", *sizes]) for name, (_, kind, sizes) in results.items()]
+    graph.nodes += [helper.make_node("Identity", [result], [name]) for name, (result, *_) in results.items()]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "classifier", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET), *[helper.make_opsetid(_EXTENSIONS, 1)] * takes_texts],

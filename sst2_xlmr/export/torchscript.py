@@ -36,7 +36,7 @@ class TextClassifier(nn.Module):
         self.sentencepiece = torch.ops.torchtext.load_sp_model_string(tokenizer.pieces.serialized_model_proto())
         self.max_length, self.head_tail = tokenizer.max_length, tokenizer.long_texts.kind == "head-tail"
         self.label_names: list[str] = task.label_names
-        self.answer, self.outputs = task.torchscript_answer, task.outputs
+        self.prediction, self.outputs = task.torchscript_prediction, task.outputs
         self.thresholds = torch.tensor(task.thresholds_in_use)
         self.batch_size, self.pad_id = BATCH_SIZE, PAD_ID
 
@@ -47,7 +47,7 @@ class TextClassifier(nn.Module):
         return [3 if piece_id == 0 else piece_id + 1 for piece_id in ids]  # 3 is <unk>
 
     def forward(self, texts: list[str], pairs: list[str] | None = None) -> Any:
-        """Return the task's answer, in the order of the texts: labels, and probabilities, fp32 [texts, labels].
+        """Return the task's prediction, in the order of the texts: labels, and probabilities, fp32 [texts, labels].
 
         `pairs` are the second texts of all rows. Texts of similar length share a batch.
         """
@@ -62,7 +62,7 @@ class TextClassifier(nn.Module):
                 rows: list[int] = chosen.tolist()
                 tokens = to_tensor([ids[row] for row in rows], self.pad_id)
                 logits[chosen] = self.model.padded(tokens, tokens.ne(self.pad_id))
-        return self.answer(logits, self.label_names, self.thresholds)
+        return self.prediction(logits, self.label_names, self.thresholds)
 
 
 def save_torchscript(model: SequenceClassifier, tokenizer: Tokenizer, task: Task, file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sst2_xlmr.model.tokenizer import CUT, LongTexts
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
 from sst2_xlmr.model.weights import head_outputs, weight_shards
-from sst2_xlmr.task import SingleLabel, can_answer, problem_type_of
+from sst2_xlmr.task import SingleLabel, can_predict, problem_type_of
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_json
@@ -181,7 +181,7 @@ def find_model(folder: Path) -> EncoderFolder:
     encoder = None if str(folder) in BUNDLE_SHAPES else find_encoder(str(folder))
     if encoder is None or encoder.label_names is None:
         raise UserError(f"{folder} has no classification head; give a model folder that train.py wrote")
-    if not can_answer(encoder.problem_type, encoder.label_names):
+    if not can_predict(encoder.problem_type, encoder.label_names):
         head = f"a head with {len(encoder.label_names)} outputs for {encoder.problem_type} is not supported"
         raise UserError(f"{folder}: {head}; with --encoder, its body can be fine-tuned")
     return encoder

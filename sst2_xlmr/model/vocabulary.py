@@ -26,16 +26,16 @@ class Vocabulary:
 
     ids: Tensor  # int64 [rows], ascending, the id of each row
     size: int  # of the whole vocabulary
-    decay_rate: float = 0.0  # the table's weight decay, times its factor on the learning rate; 0 if it is frozen
-    decay: float = 1.0  # product of (1 - lr * weight decay) over all steps: the factor for rows without any gradient
+    scaled_weight_decay: float = 0.0  # the table's, times its factor on the learning rate; 0 if it is frozen
+    unused_rows_factor: float = 1.0  # product of (1 - lr * weight decay) over all steps, for rows without any gradient
 
     @property
     def is_whole(self) -> bool:
         return len(self.ids) == self.size
 
     def decay_unused_rows(self, lr: float) -> None:
-        """Update `decay` for an optimizer step; `lr` is the learning rate before layer-wise decay."""
-        self.decay *= 1 - lr * self.decay_rate
+        """Update `unused_rows_factor` for an optimizer step; `lr` is the learning rate before layer-wise decay."""
+        self.unused_rows_factor *= 1 - lr * self.scaled_weight_decay
 
     def id_map(self) -> Tensor | None:
         """Return int32 [size], the row of each id, `<unk>`'s if it has none; None for the whole vocabulary."""
@@ -49,14 +49,16 @@ class Vocabulary:
         """Return the whole table, fp32 [size, hidden], as training all rows would; `trained` is [rows, hidden]."""
 
         def make(start: int, stop: int) -> Tensor:
-            table = pretrained[start:stop] * self.decay
+            table = pretrained[start:stop] * self.unused_rows_factor
             first, last = torch.searchsorted(self.ids, torch.tensor([start, stop])).tolist()
             table[self.ids[first:last] - start] = trained[first:last].cpu()
             return table
 
         return LazyTensor(pretrained.shape, pretrained.dtype, make)
 
-    def take_over(self, weights: dict[str, Tensor], moments: dict[str, Tensor], ids: Tensor, start: Tensor) -> None:
+    def adapt_checkpoint(
+        self, weights: dict[str, Tensor], moments: dict[str, Tensor], ids: Tensor, start: Tensor
+    ) -> None:
         """Convert a checkpoint's table and moments to this vocabulary, in place: other test files may use other ids.
 
         `ids`, int64, are the ids of the checkpoint's rows; `start`, fp32 [rows, hidden], is the table before training.
@@ -66,7 +68,7 @@ class Vocabulary:
         names = (EMBEDDING, f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}")
         for tensors, name in zip((weights, moments, moments), names):
             if name in tensors:
-                rows = start.cpu() * self.decay if tensors is weights else torch.zeros_like(start, device="cpu")
+                rows = start.cpu() * self.unused_rows_factor if tensors is weights else torch.zeros(start.shape)
                 rows[torch.isin(self.ids, ids)] = tensors[name][torch.isin(ids, self.ids)]
                 tensors[name] = rows
 

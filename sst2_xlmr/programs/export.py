@@ -167,8 +167,8 @@ def write_onnx_file(encoder: EncoderFolder, file: Path, int8: bool, takes_texts:
 
 def checked(task: Task, outputs: Any) -> np.ndarray:
     """Return the probabilities among a written file's outputs; UserError if its labels do not follow from them."""
-    answers, probabilities = task.parse_exported_outputs(outputs if isinstance(outputs, (tuple, list)) else (outputs,))
-    if answers != [task.prediction_cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
+    labels, probabilities = task.parse_exported_outputs(outputs if isinstance(outputs, (tuple, list)) else (outputs,))
+    if labels != [task.prediction_cells(row, all_probabilities=False)[0] for row in probabilities.tolist()]:
         raise UserError("the written file's labels do not follow from its probabilities; it was removed")
     return probabilities
 

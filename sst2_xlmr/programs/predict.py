@@ -24,7 +24,7 @@ from sst2_xlmr import __version__
 from sst2_xlmr.config import TEXT_OPTIONS, flag
 from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.formats import MAX_CHARACTERS, Fields, kind_of
+from sst2_xlmr.data.formats import MAX_CHARACTERS, SourceRow, kind_of
 from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import Row, check_pairs, check_text, in_chunks, read_options_for, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
@@ -102,7 +102,7 @@ def read_chunks(arguments: argparse.Namespace) -> Chunks:
 
 def sentence(where: str, number: int, text: str) -> Row:
     check_text(text, f"{where} {number}")
-    return Row(text, None, None, Fields(number, SENTENCE, [text]))
+    return Row(text, None, None, SourceRow(number, SENTENCE, [text]))
 
 
 def available_lines(stream: Any) -> Chunks:
@@ -128,7 +128,7 @@ def read_through(arguments: argparse.Namespace) -> tuple[str, list[int]]:
     """Read the whole input to find bad rows; returns its digest, and the number of rows in each chunk."""
     digest, columns, rows = source_digest(arguments.input), None, []
     for chunk in read_chunks(arguments):
-        columns = columns or chunk[0].fields.names
+        columns = columns or chunk[0].source.names
         rows.append(len(chunk))
         for row in chunk if arguments.output else ():
             output.check_columns(row, columns, arguments.output)
@@ -180,7 +180,7 @@ def write_predictions(arguments: argparse.Namespace, task: Task, predicted: Iter
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(output.new_output(path)) for path in arguments.paths]
         for chunk, predictions in predicted:
-            columns = columns or chunk[0].fields.names
+            columns = columns or chunk[0].source.names
             if arguments.output:
                 header = has_names and row == 0
                 files[0].write(output.extended_rows(arguments.output, chunk, predictions, new_columns, columns, header))

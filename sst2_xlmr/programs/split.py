@@ -86,7 +86,7 @@ def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_fr
         return numbers
     free = [rows[number] for number in numbers]
     classes: dict[str, int] = {}
-    cells = [dict(zip(row.fields.names, row.fields.cells)).get(label_column) for row in free]  # None: no such column
+    cells = [dict(zip(row.source.names, row.source.cells)).get(label_column) for row in free]  # None: no such column
     labels = np.array([classes.setdefault(label_text(cell), len(classes)) for cell in cells])
     digests = text_digests((row.text for row in free), (row.pair for row in free))
     return numbers[stratified_sample(digests, labels, share * len(rows) / len(free), seed)]
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     options.check_output("--output-dir", output_dir, makes_parents=True)
     read_options = read_options_for(arguments)
     layout, rows = find_layout(path, read_options), list(read_rows(path, read_options, None))
-    label = rows[0].fields.names[int(label) - 1] if (label := read_options.label).isdecimal() else label
+    label = rows[0].source.names[int(label) - 1] if (label := read_options.label).isdecimal() else label
     are_free, splits = np.ones(len(rows), bool), {}
     if parts_apart:
         firsts = [tuple(row.text.casefold().split()) for row in rows]
@@ -135,11 +135,11 @@ def main(argv: list[str] | None = None) -> None:
     with write_errors(output_dir):
         output_dir.mkdir()
         for name, numbers in splits.items():
-            chosen = [rows[number].fields for number in numbers]
+            chosen = [rows[number].source for number in numbers]
             with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
                 if kind != ".jsonl" and (layout.header or not layout.delimiter):
                     file.write(row_text(kind, (), chosen[0].names))
-                for fields in chosen:
-                    file.write(row_text(kind, fields.names, fields.cells))
+                for source in chosen:
+                    file.write(row_text(kind, source.names, source.cells))
     counts = ", ".join(f"{len(splits[name]):,} {name} rows" for name in ("train", "dev", "test") if name in splits)
     say(f"{output_dir}: {counts}, {left_out:,} in no split")

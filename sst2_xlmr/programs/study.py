@@ -133,14 +133,14 @@ def write_out_of_fold(folder: Path, config: Config, task: Task, file_rows: FileR
     cells = [task.prediction_cells(row, all_probabilities=True) for row in probabilities.tolist()]
     doubt = task.label_error_scores(probabilities, labels)
     ranked = np.argsort(-doubt, kind="stable")[: max(1, int((doubt > 0).sum()))].tolist()
-    places = [(file.name, row.fields.line) for file, row in file_rows]
+    places = [(file.name, row.source.line) for file, row in file_rows]
     for name, own_columns, own_cells, numbers in (
         ("out-of-fold", ["fold"], [(int(fold),) for fold in fold_of], range(len(rows))),
         ("label-errors", ["file", "line", "doubt"], [(*at, float(d)) for at, d in zip(places, doubt)], ranked),
     ):
         path, chosen_rows = folder / f"{name}.jsonl", [rows[number] for number in numbers]
         new_cells = [[*cells[number], *own_cells[number]] for number in numbers]
-        columns = chosen_rows[0].fields.names
+        columns = chosen_rows[0].source.names
         with new_output(path) as file:
             file.write(extended_rows(path, chosen_rows, new_cells, [*names, *own_columns], columns, header=False))
     metrics = task.metrics(task.results_of(probabilities, labels), labels)

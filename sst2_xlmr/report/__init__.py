@@ -1,1 +1,1 @@
-"""What a run tells people: the console and its header, metrics.jsonl, TensorBoard and its pictures."""
+"""What a run tells people: the console and its header, metrics.jsonl, TensorBoard and its plots."""

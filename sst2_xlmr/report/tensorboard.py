@@ -28,8 +28,8 @@ from sst2_xlmr.task import Task
 CURVES = 10
 MISTAKES = 50
 LINE_LENGTH, MAX_LINES = 60, 5
-MAX_NAMED_CLASSES = 20  # in a picture; with more, names and numbers would not be readable
-MAX_LETTERS = 32  # of a name in a picture
+MAX_NAMED_CLASSES = 20  # in a plot; with more, names and numbers would not be readable
+MAX_LETTERS = 32  # of a name in a plot
 STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "savefig.dpi": 100, "savefig.bbox": "tight"}
 FIRST_NOT_DRAWN = "\u0590"  # matplotlib's font has few letters beyond Latin, Greek, Cyrillic and Armenian
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|&~]")
@@ -91,24 +91,24 @@ def draw_evaluation(
         best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
         title = f"{name}{f', step {step:,}' if step else ''}: {best}, {len(labels):,} rows"
         if confusion.size:
-            kind, picture = "confusion", confusion_picture(confusion, task.label_names, title)
+            kind, plot = "confusion", confusion_plot(confusion, task.label_names, title)
         else:
-            kind, picture = "scores", scatter_picture(labels, outputs[:, 0], title)
+            kind, plot = "scores", scatter_plot(labels, outputs[:, 0], title)
         # `SummaryWriter.add_image` would take pixels and compress them once more.
-        width, height = struct.unpack(">II", picture[16:24])
-        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture)  # 4: RGBA
+        width, height = struct.unpack(">II", plot[16:24])
+        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=plot)  # 4: RGBA
         _add_summary(writer, Summary(value=[Summary.Value(tag=f"{name}/{kind}", image=image)]), step)
     for label, is_label, scores in itertools.islice(task.curves(outputs, labels), CURVES):
         # A curve has 127 equally spaced thresholds, few of them near 0 and 1, where most probabilities lie. The
         # probabilities' ranks (shares of rows with a lower one) are spread evenly, and give the same curve.
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
-    wrong, answer_of = task.mistakes(outputs, labels)
-    table = mistakes_table(wrong, answer_of, len(labels), partial(split.texts_at, task), not confusion.size)
+    wrong, prediction_of = task.mistakes(outputs, labels)
+    table = mistakes_table(wrong, prediction_of, len(labels), partial(split.texts_at, task), not confusion.size)
     writer.add_text(f"{name}/mistakes", table, step)
 
 
-def picture_of(draw: Callable[[Any], None], size: float, title: str, x: str, y: str) -> bytes:
+def figure_png(draw: Callable[[Any], None], size: float, title: str, x: str, y: str) -> bytes:
     """Return axes of `size` inches as a PNG file; labels around them make it larger.
 
     matplotlib is imported only here, as it takes half a second. Its global state does not change: pyplot is not used,
@@ -128,7 +128,7 @@ def picture_of(draw: Callable[[Any], None], size: float, title: str, x: str, y: 
     return content.getvalue()
 
 
-def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
+def confusion_plot(confusion: np.ndarray, label_names: list[str], title: str) -> bytes:
     """Return a confusion matrix, int64 [labels, predictions], as a PNG file.
 
     A cell's shade, and its second number, is its share of the rows with that label. A class whose name has letters
@@ -155,21 +155,21 @@ def confusion_picture(confusion: np.ndarray, label_names: list[str], title: str)
             numbers, color = f"{count:,}\n{share:.1%}" if count else "0", "white" if share > 0.5 else "black"
             axes.text(prediction, label, numbers, color=color, ha="center", va="center", size=8)
 
-    return picture_of(draw, max(3.0, min(0.75 * classes, 15.0)), title, "predicted", "true")
+    return figure_png(draw, max(3.0, min(0.75 * classes, 15.0)), title, "predicted", "true")
 
 
-def scatter_picture(true: np.ndarray, predicted: np.ndarray, title: str) -> bytes:
+def scatter_plot(true: np.ndarray, predicted: np.ndarray, title: str) -> bytes:
     """Return true against predicted scores, float [rows] each, as a PNG file, with the line where they are equal."""
 
     def draw(axes: Any) -> None:
         axes.scatter(true, predicted, s=6, alpha=0.4)
         axes.axline((float(true.mean()), float(true.mean())), slope=1, color="lightgray", zorder=0)
 
-    return picture_of(draw, 4.0, title, "true", "predicted")
+    return figure_png(draw, 4.0, title, "true", "predicted")
 
 
 def mistakes_table(
-    wrong: np.ndarray, answer_of: Callable[[int], list[str]], rows: int, texts_of: TextsOf, are_scores: bool = False
+    wrong: np.ndarray, prediction_of: Callable[[int], list[str]], rows: int, texts_of: TextsOf, are_scores: bool = False
 ) -> str:
     """Return the most confident mistakes, or largest errors, as a Markdown table; see `SingleLabel.mistakes`."""
     chosen = wrong[:MISTAKES].tolist()
@@ -181,7 +181,7 @@ def mistakes_table(
     lines.append("| ---: | --- | --- | --- | ---: |")
     for row in chosen:
         text = escape(texts[row]) if row in texts else "(the file has changed)"
-        lines.append(f"| {row + 1} | {text} | {' | '.join(map(escape, answer_of(row)))} |")
+        lines.append(f"| {row + 1} | {text} | {' | '.join(map(escape, prediction_of(row)))} |")
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ def save_checkpoint(
         "random": {name: state for own in gather_objects(world, random) for name, state in own.items()},
     }
     values = {"state": dataclasses.asdict(state), "meter": meter.totals, "world_size": world.world_size}
-    values["vocabulary"] = {"decay": vocabulary.decay}
+    values["vocabulary"] = {"decay": vocabulary.unused_rows_factor}
     target = folder / f"step-{state.step:08d}"
     unfinished = scratch_name(target)
 
@@ -129,17 +129,17 @@ def read_state(checkpoint: Path) -> TrainState:
 def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, world: World) -> None:
     """Restore meter, optimizer, vocabulary and torch's random state; `read_state` has already restored the state.
 
-    The run's embedding rows may differ (see `Vocabulary.take_over`). If the number of processes has changed, every rank
-    starts a new random stream; apart from dropout, training continues the same up to rounding.
+    The run's embedding rows may differ (see `Vocabulary.adapt_checkpoint`). If the number of processes has changed,
+    every rank starts a new random stream; apart from dropout, training continues the same up to rounding.
     """
     state, meter, optimizer, vocabulary = contents
     with read_errors(f"the checkpoint {checkpoint}", _FIX):
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         meter.totals = values["meter"]
         meter.start()
-        vocabulary.decay = values["vocabulary"]["decay"]
+        vocabulary.unused_rows_factor = values["vocabulary"]["decay"]
         weights, moments, saved, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
-        vocabulary.take_over(weights, moments, saved["ids"], optimizer.weights()[EMBEDDING][:])
+        vocabulary.adapt_checkpoint(weights, moments, saved["ids"], optimizer.weights()[EMBEDDING][:])
         optimizer.load(weights, moments, state.updates)
         seed_rank(seed + state.step, world.rank)
         if values["world_size"] == world.world_size:

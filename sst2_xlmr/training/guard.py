@@ -45,9 +45,9 @@ def collapse_reason(
     if len(np.unique(task.label_keys(labels))) == 1:
         return ""
     std, untrained_std = (task.logits_of(each).std(0).max() for each in (probabilities, untrained))
-    answer = task.constant_prediction(probabilities)
-    if answer and std <= _COLLAPSED_STD * untrained_std:
-        return f"same prediction for every text of dev: {answer}"
+    prediction = task.constant_prediction(probabilities)
+    if prediction and std <= _COLLAPSED_STD * untrained_std:
+        return f"same prediction for every text of dev: {prediction}"
     loss = task.results_of(probabilities, labels)[:, 0].mean()
     baseline = stored_task(task.problem_type, task.label_names).baseline_loss(labels)  # without class weights
     if has_learned and loss >= _SUSPICIOUS_LOSS * baseline and task.is_near_constant_baseline(probabilities, labels):

@@ -41,8 +41,8 @@ class TrainMeter:
         """Add a step: sums of metrics over this rank's rows, float64 [], and the gradient's norm, fp32 []."""
         self._norm = norm
         self._norm_sum += norm
-        self._sums["rows"] += sum(len(batch.labels) * batch.is_real for batch in batches)
-        self._sums["tokens"] += sum(len(batch.ids) * batch.is_real for batch in batches)
+        self._sums["rows"] += sum(len(batch.labels) * batch.factor for batch in batches)
+        self._sums["tokens"] += sum(len(batch.ids) * batch.factor for batch in batches)
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 

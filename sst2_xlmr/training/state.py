@@ -12,7 +12,7 @@ class TrainState:
     step: int = 0  # global batches consumed, including skipped ones
     epoch: int = 0  # with `batch`, the position of the next global batch
     batch: int = 0
-    best_value: float = float("-inf")  # best evaluation so far, by --best-by (higher is better)
+    best_score: float = float("-inf")  # best evaluation so far, by --best-by (higher is better)
     best_loss: float = float("inf")
     best_step: int = 0
     evaluations: int = 0
@@ -42,15 +42,15 @@ class TrainState:
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def is_best(self, value: float, loss: float = 0.0) -> bool:
+    def is_best(self, score: float, loss: float = 0.0) -> bool:
         """Whether an evaluation is the best so far; ties go to the lower loss."""
-        return value > self.best_value or (value == self.best_value and loss < self.best_loss)
+        return score > self.best_score or (score == self.best_score and loss < self.best_loss)
 
-    def count_evaluation(self, value: float, loss: float = 0.0) -> None:
-        """Record a finished evaluation: its value by --best-by (higher is better), and dev's loss."""
+    def count_evaluation(self, score: float, loss: float = 0.0) -> None:
+        """Record a finished evaluation: its score by --best-by (higher is better), and dev's loss."""
         self.evaluations += 1
-        if self.is_best(value, loss):
-            self.best_value, self.best_loss, self.best_step, self.stale_evaluations = value, loss, self.step, 0
+        if self.is_best(score, loss):
+            self.best_score, self.best_loss, self.best_step, self.stale_evaluations = score, loss, self.step, 0
         else:
             self.stale_evaluations += 1
         self.evaluation_due = False

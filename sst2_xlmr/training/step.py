@@ -28,7 +28,7 @@ def forward_backward(model: nn.Module, batches: list[MicroBatch], loss: Loss, wo
         batch = micro_batch.to(world.device)
         with contextlib.nullcontext() if number == len(batches) else no_sync():
             logits = model(batch.ids, batch.lengths, batch.dropout_keys, batch.windows).float()
-            batch_loss = loss(logits, batch.labels, batch.row_weights) * batch.is_real
+            batch_loss = loss(logits, batch.labels, batch.row_weights) * batch.factor
             (batch_loss * (world.world_size / batch.global_weight)).backward()
         # The meter divides by rows, but the loss is a mean by weight: a factor of 1 without row weights.
         sums["loss"] += batch_loss.detach() * (batch.global_rows / batch.global_weight)

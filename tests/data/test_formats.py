@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sst2_xlmr.data import formats
-from sst2_xlmr.data.formats import Fields, kind_of, read_fields, row_text
+from sst2_xlmr.data.formats import SourceRow, kind_of, read_source, row_text
 from sst2_xlmr.data.rows import read_rows
 from sst2_xlmr.data.sniff import ReadOptions, find_layout
 from sst2_xlmr.data.splits import find_split
@@ -20,13 +20,13 @@ from sst2_xlmr.task import SingleLabel
 from sst2_xlmr.util.files import new_file
 
 
-def fields_of(path: Path, header: bool = True) -> list[Fields]:
-    return list(read_fields(path, find_layout(path, ReadOptions(header=header))))
+def fields_of(path: Path, header: bool = True) -> list[SourceRow]:
+    return list(read_source(path, find_layout(path, ReadOptions(header=header))))
 
 
 def read(path: Path, content: bytes, header: bool = True) -> list[dict[str, Any]]:
     path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
-    return [dict(zip(fields.names, fields.cells)) for fields in fields_of(path, header)]
+    return [dict(zip(source.names, source.cells)) for source in fields_of(path, header)]
 
 
 EXPECTED = [{"text": '"quoted at the start', "n": "1"}, {"text": "plain, with comma", "n": "0"}]
@@ -51,7 +51,7 @@ def test_without_a_header_columns_have_numbers(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", b'{"a": 1}\n', header=False) == [{"a": 1}]
 
     (tmp_path / "a.csv").write_bytes(b'a,b\n"two\nlines",1\n\nx,2\n')
-    assert [fields.line for fields in fields_of(tmp_path / "a.csv")] == [2, 5], "where rows begin"
+    assert [source.line for source in fields_of(tmp_path / "a.csv")] == [2, 5], "where rows begin"
 
 
 WHOLE = gzip.compress(b"a\tb\n" + b"".join(b"%d\t1\n" % i for i in range(5000)), mtime=0)
@@ -144,7 +144,7 @@ def test_rows_come_back_as_they_were_written(ending: str, rows: list[tuple[str, 
         written = [[NAMES[label], text, pair, other] for text, pair, label, other in rows]
         write(path, ["label", "one", "two", "other"], written)
         found = [row[:3] for row in read_rows(path, options, SingleLabel(NAMES))]
-        whole = [list(row.fields.cells) for row in read_rows(path, options, None)]
+        whole = [list(row.source.cells) for row in read_rows(path, options, None)]
         seen = sorted({NAMES[label] for _, _, label, _ in rows})
         if len(seen) > 1:
             assert find_label_names(path, options) == seen

@@ -33,7 +33,7 @@ def written(rows: list[list[str]], header: bool = True, **dialect: Any) -> str:
 def read(path: Path, content: bytes | str, *text: str, **asked: Any) -> list[list[str | None]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     options = ReadOptions(text or None, **asked)
-    cells = [(row.text, dict(zip(row.fields.names, row.fields.cells))) for row in read_rows(path, options, None)]
+    cells = [(row.text, dict(zip(row.source.names, row.source.cells))) for row in read_rows(path, options, None)]
     return [[text, row.get(options.label, list(row.values())[-1])] for text, row in cells]
 
 
@@ -171,7 +171,7 @@ def test_json_by_content(tmp_path: Path, document: str, ending: str) -> None:
         with zipfile.ZipFile(path, "w") as file:
             for name in ("__MACOSX/._a.json", ".DS_Store", "a.json"):  # as macOS packs it
                 file.writestr(name, content)
-    assert [(row.text, row.fields.cells[1]) for row in read_rows(path, ReadOptions(), None)] == [("a b", "x")] * 2
+    assert [(row.text, row.source.cells[1]) for row in read_rows(path, ReadOptions(), None)] == [("a b", "x")] * 2
 
 
 def test_a_row_with_nested_lists_is_a_row(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_other_kinds(tmp_path: Path) -> None:
     for label, text in (("neg", "poor\n"), ("pos", "fine\nfilm"), ("unsup", "no label")):
         (tmp_path / "folder" / label).mkdir(parents=True)
         (tmp_path / "folder" / label / "1.txt").write_text(text)
-    found = [(row.text, row.fields.cells[1]) for row in read_rows(tmp_path / "folder", ReadOptions(), None)]
+    found = [(row.text, row.source.cells[1]) for row in read_rows(tmp_path / "folder", ReadOptions(), None)]
     assert found == [("poor", "neg"), ("fine\nfilm", "pos"), ("no label", None)]
     for name, content in (("dev_text.txt", "a\nb\n"), ("dev_labels.txt", "1\n0\n"), ("mapping.txt", "0\tno\n1\tyes\n")):
         (tmp_path / name).write_text(content)

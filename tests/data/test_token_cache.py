@@ -203,7 +203,7 @@ def test_ranks_share_every_global_batch(cache: TokenCache, world_size: int, micr
         size = micro_batch_size or 99
         assert {len(rank) for rank in ranks} == {-(-len(rows[::world_size]) // size)}, "no more than are needed"
         for number, rank in enumerate(ranks):
-            real = [batch for batch in rank if batch.is_real]
+            real = [batch for batch in rank if batch.factor]
             mine = rows[number::world_size]
             assert all(batch.global_rows == len(rows) and len(batch.lengths) > 0 for batch in rank)
             assert all(len(batch.lengths) <= size for batch in rank)

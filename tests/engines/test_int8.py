@@ -132,23 +132,23 @@ def build(layers: int = 3) -> SequenceClassifier:
     return model
 
 
-def answer(model: nn.Module, batch_tokens: int = 4096) -> torch.Tensor:
+def prediction(model: nn.Module, batch_tokens: int = 4096) -> torch.Tensor:
     """Return probabilities for 200 random texts."""
     ids, lengths = random_texts(torch.randint(3, 42, (200,), generator=torch.Generator().manual_seed(3)))
     return torch.from_numpy(predict(model, TASK, ids.int().numpy(), lengths.numpy(), batch_tokens, CPU))
 
 
 def answer_in(dtype: torch.dtype, near_tie: float, layers: int = 3) -> torch.Tensor:
-    return answer(Int8Classifier(build(layers), int8_kernels(dtype), int8_kernels(), TASK, near_tie))
+    return prediction(Int8Classifier(build(layers), int8_kernels(dtype), int8_kernels(), TASK, near_tie))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_answers_as_the_plain_one(dtype: torch.dtype, layers: int) -> None:
-    """Measured by how much the texts' answers differ, which on random weights is little; whatever the batches."""
-    expected = answer(build(layers))
+    """Measured by how much the texts' predictions differ, which on random weights is little; whatever the batches."""
+    expected = prediction(build(layers))
     model = Int8Classifier(build(layers), int8_kernels(dtype), int8_kernels(), TASK)
-    assert torch.allclose(answer(model), answer(model, batch_tokens=60), atol=1e-6)
+    assert torch.allclose(prediction(model), prediction(model, batch_tokens=60), atol=1e-6)
     for near_tie, allowed in ((0.0, 0.15), (math.inf, 0.01)):
         error, spread = (answer_in(dtype, near_tie, layers) - expected).std(0), expected.std(0)
         assert torch.all(error < allowed * spread), (near_tie, error, spread)

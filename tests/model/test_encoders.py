@@ -159,7 +159,7 @@ def test_names_without_prefix_and_a_table_of_another_size(folder: Path) -> None:
 def test_expand_decays_what_was_not_trained() -> None:
     table, rows = torch.arange(12.0).view(6, 2), torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
     before = LazyTensor((6, 2), table.dtype, lambda start, stop: table[start:stop])
-    vocabulary = Vocabulary(torch.tensor([0, 4]), 6, decay=0.5)
+    vocabulary = Vocabulary(torch.tensor([0, 4]), 6, unused_rows_factor=0.5)
     expected = [[-1, -1], [1, 1.5], [2, 2.5], [3, 3.5], [-2, -2], [5, 5.5]]
     for after in (rows, LazyTensor((2, 2), rows.dtype, lambda start, stop: rows[start:stop])):
         expanded = vocabulary.expand(before, after)

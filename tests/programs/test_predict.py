@@ -83,7 +83,7 @@ def write_input(path: Path) -> Path:
 
 
 def read_output(path: Path) -> list[dict[str, Any]]:
-    return [dict(zip(row.fields.names, row.fields.cells)) for row in read_rows(path, ReadOptions("text"), None)]
+    return [dict(zip(row.source.names, row.source.cells)) for row in read_rows(path, ReadOptions("text"), None)]
 
 
 @pytest.mark.parametrize("names", ["in.tsv out.jsonl", "in.csv.gz out.tsv.gz", "in.jsonl out.csv"])

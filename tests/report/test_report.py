@@ -1,4 +1,4 @@
-"""The report of a run: the header, a full disk; TensorBoard's files, read back as TensorBoard reads them; pictures."""
+"""The report of a run: the header, a full disk; TensorBoard's files, read back as TensorBoard reads them; plots."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from sst2_xlmr.data.rows import ReadOptions, inspect
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report import tensorboard
 from sst2_xlmr.report.console import Report, header_lines
-from sst2_xlmr.report.tensorboard import confusion_picture, escape, mistakes_table
+from sst2_xlmr.report.tensorboard import confusion_plot, escape, mistakes_table
 from sst2_xlmr.task import Regression, SingleLabel
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.files import digest_of
@@ -41,7 +41,7 @@ DEV, DE, RU = (SAMPLE_DATA / name for name in ("dev.tsv", "test.de.tsv", "test.r
 
 
 def steps(events: EventAccumulator) -> dict[str, list[int]]:
-    """Return tag -> steps, of scalars, pictures, texts and curves; not of hyperparameters."""
+    """Return tag -> steps, of scalars, plots, texts and curves; not of hyperparameters."""
     readers = {"scalars": events.Scalars, "images": events.Images, "tensors": events.Tensors}
     tags = events.Tags()
     found = {tag: [event.step for event in read(tag)] for kind, read in readers.items() for tag in tags[kind]}
@@ -70,11 +70,11 @@ def trained(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 def test_tags_and_steps(trained: Trained) -> None:
     train_tags = ("loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "memory_gb")
     scalar_tags = ("loss", "accuracy", "macro_f1", "ece")
-    picture_tags = ("confusion", "pr_positive", "mistakes/text_summary")
+    plot_tags = ("confusion", "pr_positive", "mistakes/text_summary")
     expected: dict[str, list[int]] = {f"train/{tag}": [5, 10] for tag in train_tags}
     for split, when in (("dev", [3, 5, 8, 10]), ("de", [3, 5, 8, 10]), ("test.ru", [10])):
         expected.update({f"{split}/{tag}": when for tag in scalar_tags})
-        expected.update({f"{split}/{tag}": [step for step in when if step in (5, 10)] for tag in picture_tags})
+        expected.update({f"{split}/{tag}": [step for step in when if step in (5, 10)] for tag in plot_tags})
     expected.update({f"best/test.ru/{tag}": [10] for tag in scalar_tags})
     assert steps(trained.events) == expected
     plugins = {"_hparams_/experiment": "hparams", "de/pr_positive": "pr_curves", "de/mistakes/text_summary": "text"}
@@ -92,11 +92,11 @@ def test_scalars_are_those_of_metrics_jsonl(trained: Trained) -> None:
     assert 0.1 < trained.events.Scalars("train/memory_gb")[-1].value < 10
 
 
-def test_pictures_curves_and_mistakes(trained: Trained) -> None:
+def test_plots_curves_and_mistakes(trained: Trained) -> None:
     image = trained.events.Images("de/confusion")[-1]
-    picture = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
-    assert picture.shape == (image.height, image.width, 4)
-    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 10
+    plot = matplotlib.image.imread(io.BytesIO(image.encoded_image_string))
+    assert plot.shape == (image.height, image.width, 4)
+    assert len(np.unique(plot.reshape(-1, 4), axis=0)) > 10
     curve = np.array(trained.events.Tensors("de/pr_positive")[-1].tensor_proto.float_val).reshape(6, -1)
     true_positives, false_positives, true_negatives, false_negatives, precision, recall = curve
     assert (true_positives + false_positives + true_negatives + false_negatives == 40).all()
@@ -246,7 +246,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.fixture
 def drawn(monkeypatch: Patch) -> dict[str, tuple[float, float]]:
-    """The texts of the pictures that are drawn -> where they stand, in the axes' units."""
+    """The texts of the plots that are drawn -> where they stand, in the axes' units."""
     texts: dict[str, tuple[float, float]] = {}
     savefig = Figure.savefig
 
@@ -259,22 +259,22 @@ def drawn(monkeypatch: Patch) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("classes", [1, 20, 21, 1000])
-def test_confusion_pictures(classes: int) -> None:
+def test_confusion_plots(classes: int) -> None:
     confusion = np.diag(np.arange(classes) + 1)
-    picture = pixels(confusion_picture(confusion, [f"a class called {n}" for n in range(classes)], "dev, step 1"))
-    assert max(picture.shape[:2]) < 2000
-    is_blue = (picture[..., 2] > picture[..., 0]) & (picture[..., 0] < 230)
+    plot = pixels(confusion_plot(confusion, [f"a class called {n}" for n in range(classes)], "dev, step 1"))
+    assert max(plot.shape[:2]) < 2000
+    is_blue = (plot[..., 2] > plot[..., 0]) & (plot[..., 0] < 230)
     size = 100 * max(3, min(0.75 * classes, 15))
     for axis in (0, 1):
         assert is_blue.any(axis).sum() == pytest.approx(size, abs=8), "no class is left out"
     if classes <= 20:
-        assert (picture == BLUE).all(-1).sum() == pytest.approx(size**2 / classes, rel=0.25), "in the full shade"
+        assert (plot == BLUE).all(-1).sum() == pytest.approx(size**2 / classes, rel=0.25), "in the full shade"
 
 
 def test_true_labels_are_rows_and_predictions_columns(drawn: dict[str, tuple[float, float]]) -> None:
     """A matrix that is not symmetric: everything is taken for the second of three classes."""
-    picture = pixels(confusion_picture(np.array([[0, 7, 0], [0, 8, 0], [0, 9, 0]]), ["a", "b", "c"], "dev"))
-    is_blue = (picture == BLUE).all(-1)
+    plot = pixels(confusion_plot(np.array([[0, 7, 0], [0, 8, 0], [0, 9, 0]]), ["a", "b", "c"], "dev"))
+    is_blue = (plot == BLUE).all(-1)
     assert is_blue.any(0).sum() == pytest.approx(100, abs=3), "one column is shaded"
     assert is_blue.any(1).sum() == pytest.approx(300, abs=10), "from top to bottom"
     assert [drawn[f"{count}\n100.0%"] for count in (7, 8, 9)] == [(1, 0), (1, 1), (1, 2)]
@@ -288,7 +288,7 @@ def test_counts_shares_and_names(drawn: dict[str, tuple[float, float]]) -> None:
     names = [*words.split(), "л" * 40, "a\nb"]
     confusion = np.diag([1234, 0, 3, *[4] * (len(names) - 3)])
     confusion[0, 2] = 1
-    confusion_picture(confusion, names, "dev 负面")
+    confusion_plot(confusion, names, "dev 负面")
     assert {"1,234\n99.9%", "1\n0.1%", "3\n100.0%", "0"} <= drawn.keys()
     assert {"dev ??", *words.split()[:4], "л" * 31 + "…", "a\nb"} <= drawn.keys()
     assert {name for name in drawn if name.startswith("class ")} == {f"class {number}" for number in range(4, 11)}
@@ -298,11 +298,11 @@ def test_settings_are_left_alone() -> None:
     """And whoever draws nothing does not wait for matplotlib."""
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 30, "axes.facecolor": "black"}):
-        theirs = confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev")
-    assert theirs == confusion_picture(np.eye(2, dtype=int), ["a", "b"], "dev"), "the user's settings change nothing"
+        theirs = confusion_plot(np.eye(2, dtype=int), ["a", "b"], "dev")
+    assert theirs == confusion_plot(np.eye(2, dtype=int), ["a", "b"], "dev"), "the user's settings change nothing"
     assert dict(matplotlib.rcParams) == before
     program = (
-        "import sys, train, numpy; from sst2_xlmr.report.tensorboard import confusion_picture as draw;"
+        "import sys, train, numpy; from sst2_xlmr.report.tensorboard import confusion_plot as draw;"
         "print('matplotlib' in sys.modules); draw(numpy.eye(2), ['a', 'b'], '');"
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -154,7 +154,7 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
     classifier = model()
     optimizer, vocabulary = build(kind, classifier), whole_vocabulary(50)
     scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, 2, CONFIG)
-    vocabulary.decay_rate = scale * decay
+    vocabulary.scaled_weight_decay = scale * decay
     before, _ = saved(optimizer)
     steps = 200 if lr < 0.01 else 5
     for step in range(steps):
@@ -163,9 +163,9 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
         optimizer.clip(0.0)
         optimizer.step(lr)
         vocabulary.decay_unused_rows(lr)
-    assert vocabulary.decay == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
+    assert vocabulary.unused_rows_factor == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
     row = saved(optimizer)[0][EMBEDDING][10].double() / before[EMBEDDING][10].double()
-    assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.decay, rel=0.03)
+    assert 1 - float(row.mean()) == pytest.approx(1 - vocabulary.unused_rows_factor, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp32"])

@@ -109,7 +109,7 @@ def optimizer(seed: int, rows: int = 50) -> AdamW:
 
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
     saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
-    meter.totals, vocabulary.decay = TOTALS, 0.75
+    meter.totals, vocabulary.unused_rows_factor = TOTALS, 0.75
     with BackgroundWriter() as background_writer:
         state = dataclasses.replace(STATE, step=step)
         save_checkpoint(folder, (state, meter, saved, vocabulary), Config(), ALONE, background_writer)
@@ -125,7 +125,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert read_state(checkpoint) == STATE
     loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), whole_vocabulary(50)
     load_checkpoint(checkpoint, (STATE, meter, loaded, vocabulary), 0, ALONE)
-    assert (meter.totals, vocabulary.decay) == (TOTALS, 0.75)
+    assert (meter.totals, vocabulary.unused_rows_factor) == (TOTALS, 0.75)
     assert torch.equal(torch.rand(5), expected)
     assert_equal([loaded.weights(), loaded.moments()], [saved.weights(), saved.moments()])
     steps = {float(values["step"]) for values in loaded._optimizer.state.values()}

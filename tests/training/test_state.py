@@ -172,7 +172,7 @@ def test_a_last_step_within_an_epoch_is_an_end_too(config: Config, steps: int) -
 def add(meter: TrainMeter, loss: float = 2.0, norm: float = 0.5) -> None:
     """Add two rows of 9 tokens in all, and one row that is only computed to keep step with other ranks."""
     rows = MicroBatch(torch.zeros(9), torch.tensor([4, 5]), torch.zeros(2), torch.zeros(2), 2)
-    idle = MicroBatch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, is_real=0.0)
+    idle = MicroBatch(torch.zeros(3), torch.tensor([3]), torch.zeros(1), torch.zeros(1), 2, factor=0.0)
     meter.add({"loss": torch.tensor(loss, dtype=torch.float64)}, torch.tensor(norm), [rows, idle])
 
 

@@ -1,9 +1,9 @@
 """The encoder in 8-bit integers, for prediction on a CPU with AVX512-VNNI.
 
-Weights are quantized when a model is loaded: the embedding table to 8 bits, those of the layers to 16, of which the
-upper 8 answer a text. Attention, residual connections and norms are computed as in `PackedClassifier`, and the head in
-fp32. 8 bits move a logit by some hundredths. So if the two best labels are nearly as probable, the text is computed
-again with all 16 bits of weights and activations, and everything else in fp32.
+Weights are quantized when a model is loaded: the embedding table to 8 bits, those of the layers to 16, of which only
+the upper 8 are used at first. Attention, residual connections and norms are computed as in `PackedClassifier`, and the
+head in fp32. 8 bits change a logit by a few hundredths. So if the two best labels are nearly as probable, the text is
+computed again with all 16 bits of weights and activations, and everything else in fp32.
 """
 
 import copy
@@ -40,8 +40,8 @@ class Int8Classifier(nn.Module):
     Args:
         kernels: of the dtype of attention and residual connections.
         fp32: the same in fp32, for what is computed in 16 bits.
-        task: says which answers are near ties.
-        near_tie: logits; a text whose answer a change by this may change is computed in 16 bits.
+        task: says which predictions are near ties.
+        near_tie: logits; a text whose prediction a change by this may change is computed in 16 bits.
     """
 
     @torch.no_grad()
