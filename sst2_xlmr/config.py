@@ -1,4 +1,4 @@
-"""Every option, declared once: type, default, unit, help, and a check that runs before anything is loaded.
+"""Every option of train.py, declared once: type, default, unit, help, and a check that runs before anything is loaded.
 
 `cli.parse_args` fills a `Config`. This module imports neither torch nor anything else that is slow.
 """
@@ -257,7 +257,9 @@ class Config:
         "balanced|W0,W1,...: loss weight of each class; balanced: inverse frequency", _check_class_weights
     )
     threshold_for: str | None = optional(
-        "f1|precision=P|recall=R: thresholds maximize each label's F1 on dev, with at least P or R", _check_threshold
+        "f1|precision=P|recall=R: per-label thresholds with the best F1 on dev, optionally with precision or recall of "
+        "at least P or R",
+        _check_threshold,
     )
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
@@ -269,7 +271,9 @@ class Config:
     deterministic: bool = option(False, "use only deterministic CUDA kernels (no effect on a CPU)")
     compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
     threads: int = changeable(0, "N: CPU threads per process (0: its share of the available cores)", between(0, 1024))
-    timeout_minutes: float = changeable(10.0, "MIN: minutes of silence until a process counts as lost", above(0))
+    timeout_minutes: float = changeable(
+        10.0, "MIN: minutes without contact until a process is considered lost", above(0)
+    )
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = optional(
@@ -343,7 +347,7 @@ def check(config: Config) -> None:
         for name, paths in files.items():
             for file in paths:
                 if not Path(file).exists():
-                    raise UserError(f"{name} {file} is not a file")
+                    raise UserError(f"{name} {file} does not exist")
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}") from None
     has_pairs, length, long_texts = config.text_pair_column is not None, config.max_length, config.long_texts

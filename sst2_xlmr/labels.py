@@ -106,7 +106,7 @@ def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -
     if _INTEGER.fullmatch(canonical(label)):
         fix = "; numbers stand for names only with --label-names, the names in the order of the numbers"
     elif _folded(label) in map(_folded, names):
-        fix = "; it differs from one by case, spaces or signs only: write them alike"
+        fix = "; it differs from a class only in case, spaces or punctuation; spell them the same"
     return f"label {_quoted(label)} is {known}, the classes of the training file or of --label-names{fix}"
 
 
@@ -153,7 +153,7 @@ def label_notes(counts: Mapping[str, int]) -> list[str]:
     for label in counts:
         groups.setdefault(_folded(canonical(label)), []).append(label)
     alike = [group for group in groups.values() if len(set(map(canonical, group))) > 1]
-    warnings = [f"labels that differ only by case, spaces or signs: {listed(group)}" for group in alike]
+    warnings = [f"labels that differ only in case, spaces or punctuation: {listed(group)}" for group in alike]
     usable = sum(counts.values())
     if usable > 20 and len(counts) > usable / 2:
         warnings.append(f"{len(counts):,} different labels in {usable:,} rows: is that the label column?")
@@ -179,8 +179,7 @@ def resolve_label_names(names: Sequence[str], labels: Iterable[str], path: objec
         first = int(bool(integers) and integers[0] != 0 and integers[-1] == count)
         if integers and not first and (integers[0] != 0 or integers[-1] >= count):
             problem = f"{path} has the labels {', '.join(map(str, integers[:10]))}, but --label-names has {count} names"
-            fix = f"give each name its number: --label-names {integers[0]}={names[0]},..."
-            raise UserError(f"{problem}; {fix}")
+            raise UserError(f"{problem}; give each name its number: --label-names {integers[0]}={names[0]},...")
         integers = list(range(first, first + count))
     return list(names), {str(integer): index for index, integer in enumerate(integers)}
 

@@ -67,7 +67,7 @@ def _no_surprises(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns in every fork
     torch.set_num_threads(1)
-    # A fork has objects of ONNX Runtime, but not their threads: to collect one would wait for these for ever.
+    # A fork has objects of ONNX Runtime, but not their threads: to collect one would wait for these forever.
     os.register_at_fork(after_in_child=gc.freeze)
     # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
     tqdm.set_lock(threading.RLock())

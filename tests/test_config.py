@@ -74,7 +74,7 @@ WRONG_FLAGS = [
     (["--layers", "4"], "has 3 layers"),
     (["--label-names", "good"], "--label-names must be two or more"),
     (["--data-dir", "no/such/folder"], "--data-dir no/such/folder is not a directory"),
-    (["--train-file", "no.tsv"], "--train-file no.tsv is not a file"),
+    (["--train-file", "no.tsv"], "--train-file no.tsv does not exist"),
     (["--eval-file", "a/b=x.tsv"], "--eval-file must be NAME=FILE"),
     (["--eval-file", "mean=train.py"], "must have another name than mean"),
     (["--eval-file", "train=train.py"], "must have another name than train"),

@@ -180,8 +180,8 @@ SEVERAL = {"task": "multi-label"}
     ],
 )
 def test_several_labels_however_they_are_written(tmp_path: Path, name: str, content: str, options: Any) -> None:
-    options = ReadOptions(format="fasttext") if name.endswith(".txt") else PLAIN
-    task, rows = read(tmp_path / name, content, options, **options)
+    read_options = ReadOptions(format="fasttext") if name.endswith(".txt") else PLAIN
+    task, rows = read(tmp_path / name, content, read_options, **options)
     assert isinstance(task, MultiLabel)
     assert task.label_names == ["a", "b", "c"]
     assert [row.label.tolist() for row in rows[:3]] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]

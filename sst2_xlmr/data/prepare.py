@@ -146,13 +146,10 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
     check_sizes(config, encoder.shape)
     if config.layers:
         encoder = encoders.lowest_layers(encoder, config.layers)
-    tokenizer_settings = encoder.tokenizer_file, config.max_length, long_texts_of(config)
+    settings = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
-    caches = {
-        name: tokenize_files(split.files, tokenizer_settings, split.read_options, task, load)
-        for name, split in splits.items()
-        if split.is_labelled
-    }
+    labelled = [(name, split) for name, split in splits.items() if split.is_labelled]
+    caches = {name: tokenize_files(split.files, settings, split.read_options, task, load) for name, split in labelled}
     all_rows = caches["train"]
     encoders.check_tokenizer(encoder, all_rows.vocab_size)
     is_kept = np.ones(len(all_rows), bool)  # [rows], whether to train on a row

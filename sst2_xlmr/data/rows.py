@@ -191,7 +191,7 @@ def _proposal(path: Path, layout: Layout, with_label: bool) -> str:
 
 
 def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, with_label: bool) -> Iterator[Checked]:
-    """Yield for every row: source, why it is unusable (empty if it is not), text, second text, label cell, weight."""
+    """Yield every row, checked: its source, problem (a key of PHRASES, or empty), text, pair, label cell, weight."""
     names: list[str] | None = None
     missing: UserError | None = None
     has_all = False
@@ -286,7 +286,8 @@ class Inspection:
     def check(self, path: Path, task: Task | None, drop: bool, names: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of rows to leave out, by kind; UserError if there are any unless `drop`, or no others.
 
-        Labels must be classes of the task. Before it is known it is None, and `names` are known classes.
+        Labels must be classes of the task. `task` is None until the labels are known; `names` are then labels that are
+        valid even if they look like missing ones.
         """
         self._check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
@@ -388,7 +389,7 @@ def has_labels(path: Path, read_options: ReadOptions) -> bool:
 def check_text(text: str, where: str) -> None:
     """Raise UserError if the tokenizer cannot encode a text, which is at `where`, not in a file."""
     if _UNUSABLE.search(text):
-        raise UserError(f"{where}: not UTF-8, or with a NUL character; convert it")
+        raise UserError(f"{where}: contains a NUL character or a lone surrogate (not UTF-8); remove it")
 
 
 def texts_of(rows: Iterable[Row]) -> list[str | tuple[str, str]]:

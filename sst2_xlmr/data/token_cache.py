@@ -81,12 +81,10 @@ def tokenize_files(
     """
     tokenizer_file, *settings = tokenizer_settings
     of_labels = task.problem_type, replace(task, thresholds=())
-    depends_on = read_options, tokenizer_digest(tokenizer_file), settings, of_labels
-
-    def write(folder: Path) -> None:
-        _write_cache(folder, paths, load(*tokenizer_settings), read_options, task)
-
-    return _cached(paths, depends_on, write, _open_cache)
+    inputs = read_options, tokenizer_digest(tokenizer_file), settings, of_labels
+    return _cached(
+        paths, inputs, lambda to: _write_cache(to, paths, load(*tokenizer_settings), read_options, task), _open_cache
+    )
 
 
 def cached_inspection(path: Path, read_options: ReadOptions) -> Inspection:

@@ -46,8 +46,8 @@ def mean_average_precision(scores: np.ndarray, is_label: np.ndarray) -> float:
 def fitted_threshold(scores: np.ndarray, is_label: np.ndarray, aim: str = "f1", floor: float = 0.0) -> float:
     """Return the threshold on one label's scores with the best F1 among those whose precision or recall >= floor.
 
-    The aim, f1, precision or recall, says which must reach the floor; if no threshold does, the highest one wins. The
-    threshold lies midway between two scores; without positives, it is 0.5.
+    The aim, f1, precision or recall, says which must reach the floor; if none reaches it, the threshold with the
+    highest precision (or recall) is used. It lies midway between two scores; without positives, it is 0.5.
     """
     if not is_label.any():
         return 0.5

@@ -65,9 +65,8 @@ class Vocabulary:
         """
         if torch.equal(ids, self.ids):
             return
-        names = (EMBEDDING, f"exp_avg.{EMBEDDING}", f"exp_avg_sq.{EMBEDDING}")
-        for tensors, name in zip((weights, moments, moments), names):
-            if name in tensors:
+        for tensors, prefix in ((weights, ""), (moments, "exp_avg."), (moments, "exp_avg_sq.")):
+            if (name := prefix + EMBEDDING) in tensors:
                 rows = start.cpu() * self.unused_rows_factor if tensors is weights else torch.zeros(start.shape)
                 rows[torch.isin(self.ids, ids)] = tensors[name][torch.isin(ids, self.ids)]
                 tensors[name] = rows

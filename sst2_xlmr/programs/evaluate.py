@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments.files = named_files(arguments.file, "--file") or {"dev": source}
     for file in arguments.files.values():
         if not file.exists():
-            raise UserError(f"{file} is not a file")
+            raise UserError(f"{file} does not exist")
     if arguments.json:
         options.check_output("--json", arguments.json, arguments.overwrite)
     if arguments.tensorboard:

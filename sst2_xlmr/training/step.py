@@ -16,8 +16,9 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 def forward_backward(model: nn.Module, batches: list[MicroBatch], loss: Loss, world: World) -> dict[str, torch.Tensor]:
     """Compute gradients whose average over the ranks is the gradient of the global batch's mean loss.
 
-    So a rank's loss is summed over its rows, divided by the global batch's rows (by the sum of their weights), and
-    multiplied by the number of ranks. DDP averages gradients in the last backward pass; the others run under `no_sync`.
+    So a rank's loss is summed over its rows, divided by the number of rows in the global batch, or by the sum of their
+    weights if rows are weighted, and multiplied by the number of ranks. DDP averages gradients in the last backward
+    pass; the others run under `no_sync`.
 
     Returns training metric -> its sum over this rank's rows, float64 []. To add a metric, add a sum here: `TrainMeter`
     and the report write the means of all.

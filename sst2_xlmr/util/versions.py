@@ -1,4 +1,4 @@
-"""The installed stack, torch with torchtext or torch alone; no other module checks it.
+"""The installed stack, torch with torchtext or torch alone; only training/optimizer.py checks it, too.
 
 torchtext's last release, 0.18, loads its C++ library only under torch 2.3. It is needed only for the TorchScript
 export, for its SentencePiece operator. Only version numbers are read: loading might fail with an undefined symbol.

@@ -149,7 +149,7 @@ def test_numbers_stand_for_names_in_their_order() -> None:
 
 def test_labels_that_mean_the_same_are_named() -> None:
     labels = ["Positive", "positive", "positive.", "pos\u200bitive", "neg", "1", "-1", "1.0"]
-    said = "labels that differ only by case, spaces or signs: Positive, positive, positive., pos\u200bitive"
+    said = "labels that differ only in case, spaces or punctuation: Positive, positive, positive., pos\u200bitive"
     assert label_notes(dict.fromkeys(labels, 9)) == [said]
 
 

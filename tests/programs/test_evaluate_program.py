@@ -202,7 +202,7 @@ def test_json_that_exists_is_replaced_only_if_asked(run: Path, tmp_path: Path) -
     ("options", "says"),
     [
         ([], "give either --file"),
-        (["--file", "no.tsv"], "no.tsv is not a file"),
+        (["--file", "no.tsv"], "no.tsv does not exist"),
         (["--file", DE, DE], "two files have the name test.de"),
         (["--file", DE, "--device", "cuda"], "no CUDA GPU"),
         (["--file", DE, "--json", "{tmp}/no/x"], "no/x: No such file"),

@@ -320,10 +320,10 @@ WRONG_USE = {
     "--text-column 2 x": "--text-column needs --input",
     "--glue-submission x x": "--glue-submission needs --input",
     "--resume x": "--resume needs --input and --output",
-    "\udce9": "sentence 1: not UTF-8",
+    "\udce9": "sentence 1: contains a NUL character or a lone surrogate (not UTF-8); remove it",
     "--model MODEL/no-such x": "no-such",
     "--model xlmr.base x": "xlmr.base has no classification head",
-    "": "standard input, line 2: not UTF-8",
+    "": "standard input, line 2: contains a NUL",
 }
 
 

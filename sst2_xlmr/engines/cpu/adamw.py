@@ -27,7 +27,7 @@ from sst2_xlmr.util.tensors import LazyTensor
 
 
 def part_of(n: int, group: World) -> tuple[int, int]:
-    """Return which of n values, from one to before another, this rank updates: whole blocks of 64, as threads do."""
+    """Return (start, stop): the part of n values that this rank updates, whole blocks of 64, as threads do."""
     blocks = -(-n // 64)
     start, stop = (blocks * rank // group.world_size * 64 for rank in (group.rank, group.rank + 1))
     return min(start, n), min(stop, n)
@@ -200,7 +200,7 @@ class CpuAdamW:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Take over what `weights` and `moments` have given after so many steps; every rank must call it."""
+        """Load what `weights()` and `moments()` returned after `steps` steps; every rank must call it."""
         self._steps = steps
         for state in self._states:
             if self._world.is_rank0 or not (self.shares_memory and state.weight.requires_grad):
