@@ -268,6 +268,8 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
 
 def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> Layout:
     given = "\t" if asked.format == "tsv" else DELIMITERS.get(asked.delimiter or "", asked.delimiter)
+    if given and len(given) > 1 and asked.quoting not in (None, "none"):
+        raise UserError(f"--delimiter {given} has several characters, which needs --quoting none")
     expected = asked.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
@@ -291,7 +293,7 @@ def _table(name: str, lines: list[str], is_whole: bool, asked: ReadOptions) -> L
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {cure}")
     elif name.endswith((".tsv", ".csv")) or asked.format or given or lines[0].strip('\ufeff\r\n "').lower() in expected:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
-        quoting = asked.quoting or _quoting(lines, delimiter, is_whole)
+        quoting = asked.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)
