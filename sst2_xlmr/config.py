@@ -5,7 +5,6 @@
 
 from __future__ import annotations  # cli.py reads the annotations as text
 
-import codecs
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +120,18 @@ def _check_threshold(text: str) -> str:
     return "" if aim else "must be f1, precision=P or recall=R, P and R from 0 to 1"
 
 
+def _check_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        return "must be a text encoding, such as utf-8, cp1252 or gb18030"
+    return ""
+
+
+def _check_delimiter(text: str) -> str:
+    return "must not have quotation marks or line ends" if {*text} & {*"\"'\r\n"} else ""
+
+
 def plain_name(path: Path) -> str:
     """Return a file's name without its extensions: `fr` for `data/fr.csv.gz`."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).stem
@@ -157,6 +168,8 @@ def _check_columns(values: list[str]) -> str:
     part = f"({'|'.join(COLUMN_KEYS)})=[^,=]+"
     if not all(re.fullmatch(rf"[^:]+:{part}(,{part})*", value) for value in values):
         return f"must be SPLIT:KEY=VALUE,..., with the keys {', '.join(COLUMN_KEYS)}"
+    if any(not value.startswith("train:") and re.search("[:,]weight=", value) for value in values):
+        return "must not have a weight but for train: only training rows are weighted"
     for pair in (pair for value in values for pair in value.partition(":")[2].split(",")):
         key, _, text = pair.partition("=")
         if key in OPTIONS and (problem := OPTIONS[key].metadata["check"](text)):
@@ -209,11 +222,15 @@ class Config:
         [], "SPLIT:KEY=VALUE,...: options of one split, e.g. dev:text=sentence1,label=gold_label", _check_columns
     )
     format: str | None = optional(f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
-    delimiter: str | None = optional("NAME: tab, comma, semicolon, bar, or any characters (default: detected)")
+    delimiter: str | None = optional(
+        "NAME: tab, comma, semicolon, bar, or any characters (default: detected)", _check_delimiter
+    )
     quoting: str | None = optional(
         "NAME: how cells are quoted: none, double, single or backslash (default: detected)", one_of(*QUOTES)
     )
-    encoding: str | None = optional("NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)")
+    encoding: str | None = optional(
+        "NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)", _check_encoding
+    )
     header: bool | None = optional("whether a table's first line has the column names (default: detected)")
     label_names: CommaSeparated | None = optional(
         "A,B,...|FILE: class names in the order of their numbers, or 1=A,2=B,..., or a file of them", _check_label_names
@@ -320,10 +337,10 @@ def shown(value: Any) -> str:
     return ",".join(value) if isinstance(value, list) else str(value)
 
 
-def check(config: Config) -> None:
-    """Check values and paths before anything is loaded; a UserError names option, value and fix."""
-    for name, field in OPTIONS.items():
-        value = getattr(config, name)
+def check_values(options: Mapping[str, Any]) -> None:
+    """Check the values of options, by their names in `OPTIONS`; a UserError names option, value and fix."""
+    for name, value in options.items():
+        field = OPTIONS[name]
         if value == "":
             raise UserError(f"{flag(name)} is empty; give a value, or leave it out")
         try:
@@ -335,10 +352,11 @@ def check(config: Config) -> None:
             raise UserError(f"{flag(name)} {shown(value)!a} is not UTF-8, or not in this locale; {fix}") from None
         if value is not None and (problem := field.metadata["check"](value)):
             raise UserError(f"{flag(name)} {problem}; got {shown(value)}")
-    try:
-        codecs.lookup(config.encoding or "utf-8")
-    except LookupError:
-        raise UserError(f"--encoding {config.encoding} is unknown; use utf-8, cp1252, gb18030, ...") from None
+
+
+def check(config: Config) -> None:
+    """Check values and paths before anything is loaded."""
+    check_values(vars(config))
     files = {"--train-file": config.train_file, "--dev-file": [config.dev_file] if config.dev_file else []}
     files |= {"--test-file": config.test_file, "--eval-file": [str(named_file(each)[1]) for each in config.eval_file]}
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from sst2_xlmr.backend import prediction_model, training_backend
@@ -69,8 +70,6 @@ class Run:
         self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
         self.background_writer = BackgroundWriter()
         self.contents: CheckpointContents = state, self.meter, self.optimizer, self.vocabulary
-        # Whether to check each gradient norm right away. That would synchronize a GPU, so there the meter checks later.
-        self.checks_grad_norm = world.device.type == "cpu" or config.skip_nonfinite > 0
         self.baseline = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
         self.eval_splits, metric = config.eval_splits, self.task.best_metric
@@ -89,6 +88,11 @@ class Run:
     def say(self, text: str) -> None:
         if self.report:
             self.report.say(text)
+
+    def is_nonfinite(self, grad_norm: torch.Tensor) -> bool:
+        """Whether the gradient is not finite. Asking synchronizes a GPU, so without --skip-nonfinite the meter does."""
+        is_asked = self.world.device.type == "cpu" or self.config.skip_nonfinite > 0
+        return is_asked and not grad_norm.isfinite()
 
     def skip(self) -> None:
         """Skip a batch whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""

@@ -48,7 +48,7 @@ def train(run: Run) -> None:
             break
         sums = forward_backward(run.ddp_model, micro_batches, run.task.loss, run.world)  # 1. the mean gradient
         grad_norm = run.optimizer.clip(run.config.max_grad_norm)
-        if run.checks_grad_norm and not grad_norm.isfinite():  # 2. one step, unless this batch is skipped
+        if run.is_nonfinite(grad_norm):  # 2. one step, unless this batch is skipped
             run.skip()
         else:
             run.optimizer.step(schedule.lr(state.step))  # and clear the gradients
@@ -61,11 +61,11 @@ def train(run: Run) -> None:
             run.meter.reduce(state.step)
             if "log" in due:
                 run.log()
-            state.evaluation_due = "evaluation" in due  # set before a stop: a resumed run begins with it
+            state.evaluation_due = "evaluation" in due  # saved, so that a resumed run begins with it
             if stop:
                 raise Interrupted
             run.evaluate_if_due()
-            if "checkpoint" in due or schedule.is_over(state):
+            if "checkpoint" in due or schedule.is_over(state):  # also by this evaluation: early stopping
                 run.save()
             run.meter.start()
 

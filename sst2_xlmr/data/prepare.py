@@ -11,7 +11,7 @@ import numpy as np
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
-from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, read_options_for, read_rows
+from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, check_splits, read_options_for, read_rows
 from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
 from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, find_duplicates, tokenize_files
 from sst2_xlmr.labels import MISSING
@@ -85,6 +85,7 @@ class Inputs:
 def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str, Split]]:
     """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
     files, notes = find_files(config, quiet)
+    check_splits(config.columns, files)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
     for name, paths in files.items():  # train first

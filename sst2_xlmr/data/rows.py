@@ -6,12 +6,12 @@ import itertools
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sst2_xlmr.config import COLUMN_OPTIONS, FORMATS, Config
+from sst2_xlmr.config import COLUMN_OPTIONS, Config
 from sst2_xlmr.data.containers import READERS, shortened
 from sst2_xlmr.data.formats import Layout, SourceRow, cell_text, opened, read_source
 from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
@@ -54,8 +54,6 @@ class Row(NamedTuple):
 def read_options_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
     """Return how the options, if there, say that a split is read; only training rows have weights."""
     given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
-    if given.get("format") not in FORMATS:  # export's --format is another option
-        given.pop("format", None)
     text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
     read_options = ReadOptions(text or None, pair, label, labels, getattr(options, "weight_column", None), **given)
@@ -69,6 +67,13 @@ def read_options_for(options: argparse.Namespace | Config, split: str = "") -> R
                 changes["text"] = tuple(changes["text"].split("+"))
             read_options = replace(read_options, **changes)
     return read_options if split == "train" else replace(read_options, weight=None)
+
+
+def check_splits(columns: Iterable[str], names: Collection[str]) -> None:
+    """Raise UserError if an option --columns is for a split that is not among the names."""
+    for split in (option.partition(":")[0] for option in columns):
+        if split not in (*names, "unlabelled"):  # the last are distill's
+            raise UserError(f"--columns {split}: there is no such file; there are {', '.join(names)}")
 
 
 def check_pairs(model: Path, pair: str | None, fix: str) -> None:
@@ -123,6 +128,16 @@ def _positions(path: Path, layout: Layout, read_options: ReadOptions, source: So
     if read_options.classes and not {*class_names} <= {*read_options.classes}:
         class_names = ()
     return Positions(texts, pair, labels, weight, class_names)
+
+
+def label_name(path: Path, layout: Layout, read_options: ReadOptions, row: SourceRow, is_required: bool) -> str | None:
+    """Return the name of the label column; None if there is none, or UserError if it is required."""
+    try:
+        return row.names[_positions(path, layout, read_options, row, with_label=True).labels[0]]
+    except UserError:
+        if is_required:
+            raise
+        return None
 
 
 def _position(path: Path, layout: Layout, source: SourceRow, with_label: bool, option: str, *wanted: str) -> int:

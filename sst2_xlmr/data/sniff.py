@@ -270,6 +270,8 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
 
 def _table(name: str, lines: list[str], is_whole: bool, options: ReadOptions) -> Layout:
     given = "\t" if options.format == "tsv" else DELIMITERS.get(options.delimiter or "", options.delimiter)
+    if given and len(given) > 1 and options.quoting not in (None, "none"):
+        raise UserError(f"--delimiter {given} has several characters, which needs --quoting none")
     wanted = options.expected_names
     best: tuple[Any, ...] = ()
     for rank, delimiter in enumerate([given] if given else DELIMITERS.values()):
@@ -293,7 +295,7 @@ def _table(name: str, lines: list[str], is_whole: bool, options: ReadOptions) ->
             raise UserError(f"{name} has spaces before its quotes, which then count as text; {fix}")
     elif name.endswith((".tsv", ".csv")) or options.format or given or lines[0].strip('\ufeff\r\n "').lower() in wanted:
         delimiter = given or ("\t" if name.endswith((".tsv", ".tab", ".txt")) else ",")
-        quoting = options.quoting or _quoting(lines, delimiter, is_whole)
+        quoting = options.quoting or (_quoting(lines, delimiter, is_whole) if len(delimiter) == 1 else "none")
     else:
         return Layout("lines", names=("text",))
     return Layout("tsv" if delimiter == "\t" else "csv", delimiter=delimiter, quoting=quoting)

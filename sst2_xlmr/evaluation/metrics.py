@@ -114,6 +114,6 @@ def accuracy_interval(correct: int, rows: int) -> tuple[float, float]:
 
 
 def mean_of(files: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the unweighted mean over files of each metric that is a float."""
-    numbers = [key for key, value in files[0].items() if isinstance(value, float)]
+    """Return the unweighted mean over files of each metric that is a float, but not of an interval's ends."""
+    numbers = [key for key, value in files[0].items() if isinstance(value, float) and "accuracy_" not in key]
     return {key: sum(metrics[key] for metrics in files) / len(files) for key in numbers}

@@ -14,7 +14,7 @@ import numpy as np
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
 from sst2_xlmr.data.report import description, left_out_of
-from sst2_xlmr.data.rows import check_pairs, read_options_for
+from sst2_xlmr.data.rows import check_pairs, check_splits, read_options_for
 from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, tokenize_files
 from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.compare import check_comparison, compare_files
@@ -117,6 +117,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
     task, tokenizer = classifier.task, classifier.tokenizer
     splits, caches = {}, {}
     check_options(task, arguments)
+    check_splits(getattr(arguments, "columns", ()), arguments.files)
     for name, file in arguments.files.items():
         given = read_options_for(arguments, name)
         check_pairs(arguments.models[0], given.pair, "--text-pair-column NAME")

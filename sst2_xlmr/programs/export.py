@@ -69,7 +69,7 @@ def is_rows_file(file: Path) -> bool:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     arguments = options.parse("export", argv)
-    kind, from_ids, trims = arguments.format, arguments.from_ids, arguments.keep_vocabulary_of
+    kind, from_ids, trims = arguments.export_format, arguments.from_ids, arguments.keep_vocabulary_of
     is_onnx, is_folder, is_int8 = kind.startswith("onnx"), "hf" in kind, kind.endswith("int8")
     needs_rows = f"--format {kind} needs --check-file: rows on which to measure what 8 bits cost"
     needed = ("onnx", "onnxruntime", "onnxruntime_extensions")[: 3 - is_folder] if is_onnx else ()
@@ -200,7 +200,7 @@ def trim(encoder: EncoderFolder, files: list[str], read_options: ReadOptions, fo
 
 def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, written: Path) -> str:
     """Write the model's new form, and check its predictions against the model's; returns the result in words."""
-    int8, kind = arguments.format.endswith("int8"), arguments.format.removesuffix("-int8")
+    int8, kind = arguments.export_format.endswith("int8"), arguments.export_format.removesuffix("-int8")
     takes_texts = kind == "torchscript" or (kind == "onnx" and not arguments.from_ids)
     takes_pairs = kind != "onnx" or arguments.from_ids
     if takes_texts and added_tokens(encoder.tokenizer_file):
@@ -208,7 +208,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
         raise UserError(f"--format {kind} has only SentencePiece, but tokens were added to this model's; {fix}")
     if encoder.long_texts.kind == "windows" and kind != "hf" and (kind != "onnx" or not takes_texts):
         what = "averages the windows of a long text, which this form cannot"
-        raise UserError(f"--format {arguments.format}: the model {what}; take hf, or onnx without --from-ids")
+        raise UserError(f"--format {arguments.export_format}: the model {what}; take hf, or onnx without --from-ids")
     read_options = replace(read_options_for(arguments), classes=tuple(task.label_names))
     checks = read_checks(arguments.check_file, read_options, task, takes_pairs, "label_column" in arguments)
     unlabelled = [name for name, (_, labels) in checks.items() if labels is None] if int8 else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from sst2_xlmr import cli
 from sst2_xlmr.cli import OneLineParser, add_options, positive, with_files
-from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS
+from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS, check_values
 from sst2_xlmr.data.formats import KINDS, or_list
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
 from sst2_xlmr.util.errors import UserError
@@ -110,7 +110,7 @@ def evaluate(parser: OneLineParser, add: Add) -> None:
 def export(parser: OneLineParser, add: Add) -> None:
     """Write a trained model as a Hugging Face folder, ONNX or TorchScript, and check it."""
     add("--model", required=True, type=Path, metavar="DIR|NAME", help="model folder, or owner/name on the Hub")
-    add("--format", required=True, choices=EXPORT_FORMATS, help="what to write")
+    add("--format", required=True, dest="export_format", choices=EXPORT_FORMATS, help="what to write")
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts")
@@ -197,7 +197,10 @@ def parse(program: str, argv: list[str] | None) -> argparse.Namespace:
     PROGRAMS[program](parser, parser.add_argument)
     words: list[Any] = sys.argv[1:] if argv is None else list(argv)
     if program not in ("study", "distill"):
-        return parser.parse_args(words)
+        arguments = parser.parse_args(words)
+        names = (*COLUMN_OPTIONS, "columns", "label_names")
+        check_values({name: value for name, value in vars(arguments).items() if name in names})
+        return arguments
     for place, word in enumerate(words):
         if (at := place + FOR_TRAIN.get(word, 0)) > place and at < len(words):
             words[at] = f" {words[at]}"  # otherwise argparse would parse its "--freeze-encoder" as this program's

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sst2_xlmr.data.formats import row_text
-from sst2_xlmr.data.rows import Row, read_options_for, read_rows
+from sst2_xlmr.data.rows import Row, label_name, read_options_for, read_rows
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import text_digests
@@ -79,7 +79,7 @@ def check_count(count: int, rows: int, most: int) -> None:
         raise UserError(f"--rows {count} is too many: there are {rows:,} rows, and some must remain; hold out fewer")
 
 
-def draw(rows: Sequence[Row], label_column: str, share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
+def draw(rows: Sequence[Row], label_column: str | None, share: float, seed: int, are_free: np.ndarray) -> np.ndarray:
     """Draw a share of all rows, stratified by class, among those that are free, bool [rows]; returns their numbers."""
     numbers = np.flatnonzero(are_free)
     if not len(numbers):
@@ -100,12 +100,15 @@ def main(argv: list[str] | None = None) -> None:
         (count and arguments.test_share, "--rows and --test-share both define the test rows; leave one out"),
         (not count and not any(shares.values()), "nothing to split off: give --dev-share, --test-share or --rows"),
         (parts_apart and not count, "--keep-parts-apart needs --rows, how many to hold out for the test"),
+        (sum(shares.values()) >= 1, "--test-share and --dev-share must add up to less than 1"),
         (not 0 <= seed < 2**32, f"--seed {seed} is not a number from 0 to {2**32 - 1}"),
     )
     options.check_output("--output-dir", output_dir, makes_parents=True)
     read_options = read_options_for(arguments)
     layout, rows = find_layout(path, read_options), list(read_rows(path, read_options, None))
-    label = rows[0].source.names[int(label) - 1] if (label := read_options.label).isdecimal() else label
+    label = label_name(path, layout, read_options, rows[0].source, is_required="label_column" in arguments)
+    if label is None:
+        say("note       no label column: the rows are drawn at random, not by class; name it with --label-column")
     are_free, splits = np.ones(len(rows), bool), {}
     if parts_apart:
         firsts = [tuple(row.text.casefold().split()) for row in rows]

@@ -92,6 +92,7 @@ def test_numbers_are_those_of_training(run: Path, tmp_path: Path, capsys: Captur
         assert [sum(row) for row in found["confusion"]] == [c["support"] for c in found["classes"].values()]
     accuracies = [found["accuracy"] for found in content["files"].values()]
     assert content["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 3), "however many rows they have"
+    assert content["mean"].keys() == {"loss", "accuracy", "macro_f1", "ece"}, "an interval has no mean"
 
     table, of_de = ([line.split() for line in part.splitlines()] for part in said.split("\n\n")[:2])
     assert [line[:2] for line in table[1:4]] == [[n, f"{a:.4f}"] for n, a in zip(content["files"], accuracies)]

@@ -241,6 +241,17 @@ def test_shares_are_of_all_rows_and_of_each_class(tmp_path: Path) -> None:
     assert all(sum(row.endswith("1") for row in rows) * 2 == len(rows) for rows in parts.values())
 
 
+def test_rows_without_header_are_split_by_class_too(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "t.tsv").write_text("".join(f"text {n}\t{'yes' if n < 10 else 'no'}\n" for n in range(100)))
+    (tmp_path / "t.txt").write_text("".join(f"text {n}\n" for n in range(100)))
+    for name in ("t.tsv", "t.txt"):
+        split.main(
+            ["--train-file", f"{tmp_path}/{name}", "--test-share", "0.5", "--output-dir", f"{tmp_path}/{name}.out"]
+        )
+    assert (tmp_path / "t.tsv.out/test.tsv").read_text().count("yes") == 5
+    assert capsys.readouterr().out.count("no label column: the rows are drawn at random") == 1
+
+
 def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
     rows = [f'"a film, number {n}, of many",{n % 2},"x\ny"' for n in range(30)]
     (tmp_path / "t.csv").write_text("review,stars,note\n" + "\n".join(rows) + "\n")
@@ -257,6 +268,8 @@ def test_splitting_csv_keeps_columns_and_quotes(tmp_path: Path) -> None:
         (["--rows", "5", "--seed", str(2**32)], "--seed 4294967296 is not a number from 0 to 4294967295"),
         (["--rows", "5", "--train-rows", "99"], "35 rows are left to train on"),
         (["--rows", "5", "--text-column", "review"], "no column 'review'"),
+        (["--rows", "5", "--label-column", "9"], "there is no --label-column 9"),
+        (["--rows", "5", "--label-column", "lable"], "no column 'lable' among sentence, label"),
         (["--rows", "5", "--output-dir", "."], "--output-dir . already exists"),
     ],
 )
@@ -267,7 +280,7 @@ def test_wrong_use_of_split(tmp_path: Path, options: list[str], says: str) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [["--dev-share", "0.5", "--test-share", "0.5"], ["--rows", "2", "--dev-share", "0.9"]]
+    "options", [["--dev-share", "0.4", "--test-share", "0.5"], ["--rows", "2", "--dev-share", "0.9"]]
 )
 def test_a_file_too_small_to_split(tmp_path: Path, options: list[str]) -> None:
     source = write_tsv(tmp_path / "t.tsv", ["one", "two", "three"])
