@@ -21,9 +21,9 @@ from pathlib import Path
 from sst2_xlmr.cli import command, parse_args
 from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Inputs, prepare
-from sst2_xlmr.data.report import as_json, check_lines, lines_of
 from sst2_xlmr.evaluation.metrics import describe_calibration
-from sst2_xlmr.report.console import Report, data_report, describe_rows, header_lines
+from sst2_xlmr.report.console import Report, header_lines
+from sst2_xlmr.report.inputs import as_json, check_lines, data_report, describe_rows, lines_of
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import LOWER_IS_BETTER
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state

@@ -13,7 +13,6 @@ import numpy as np
 
 from sst2_xlmr.config import named_files
 from sst2_xlmr.data.prepare import Split
-from sst2_xlmr.data.report import description, left_out_of
 from sst2_xlmr.data.rows import check_pairs, check_splits, read_options_for
 from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, tokenize_files
 from sst2_xlmr.evaluation.calibration import calibrate
@@ -26,6 +25,7 @@ from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
+from sst2_xlmr.report.inputs import description, left_out_of
 from sst2_xlmr.report.tables import aligned, comparison_table, evaluation_table
 from sst2_xlmr.report.tensorboard import add_scalars, draw_evaluation, open_events
 from sst2_xlmr.task import Task, at_temperature, check_options

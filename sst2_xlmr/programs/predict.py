@@ -25,12 +25,12 @@ from sst2_xlmr.config import TEXT_OPTIONS, flag
 from sst2_xlmr.data import predictions as output
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.formats import MAX_CHARACTERS, SourceRow, kind_of
-from sst2_xlmr.data.report import description
 from sst2_xlmr.data.rows import Row, check_pairs, check_text, in_chunks, read_options_for, read_rows, texts_of
 from sst2_xlmr.data.sniff import find_layout
 from sst2_xlmr.model.encoders import find_model, model_folder
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options
+from sst2_xlmr.report.inputs import description
 from sst2_xlmr.task import Task, check_options
 from sst2_xlmr.util import distributed, shards
 from sst2_xlmr.util.device import memory_errors, tune_memory

@@ -11,10 +11,9 @@ from conftest import Capture, Patch, RunTrain, metrics, train_options, user_erro
 from sst2_xlmr import train
 from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
-from sst2_xlmr.data.report import lines_of
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import find_duplicates, text_digests
-from sst2_xlmr.report.console import data_report
+from sst2_xlmr.report.inputs import data_report, lines_of
 
 HINT = "--drop-duplicates drops them"
 

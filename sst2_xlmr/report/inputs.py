@@ -1,8 +1,10 @@
-"""How files were read: lines for the header, and JSON."""
+"""What a run's files hold, and how they were read: lines for the header, and JSON."""
 
 import itertools
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sst2_xlmr.config import FORMATS
 from sst2_xlmr.data.containers import shortened
@@ -10,6 +12,7 @@ from sst2_xlmr.data.formats import Layout
 from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.data.rows import PHRASES, ReadOptions, guessed_columns
 from sst2_xlmr.data.sniff import DELIMITERS
+from sst2_xlmr.data.token_cache import find_duplicates
 from sst2_xlmr.labels import listed
 
 _DELIMITERS = {character: f"{name}s" for name, character in DELIMITERS.items()}
@@ -66,6 +69,47 @@ def notes_of(inputs: Inputs, name: str) -> list[str]:
 def classes_of(inputs: Inputs, name: str) -> dict[str, int]:
     """Return class -> number of rows."""
     return inputs.task.counts(inputs.caches[name].labels) if name in inputs.caches else {}
+
+
+def data_report(inputs: Inputs) -> list[str]:
+    """Return a line each for duplicates, conflicting labels and leaks, if the training rows have any."""
+    config, train = inputs.config, inputs.all_training_rows
+    keys = inputs.task.label_keys(train.labels)
+    duplicates, conflicts = find_duplicates(train.text_digests, keys)
+    drop_duplicates = "dropped" if config.drop_duplicates else "--drop-duplicates drops them"
+    drop_leaks = "dropped" if config.drop_leaks else "--drop-leaks drops them"
+    lines = []
+
+    def add(kind: str, count: int, has: str, fix: str, *examples: tuple[str, int]) -> None:
+        rows = f"{count:,} training rows have" if count > 1 else "1 training row has"
+        places = " and ".join(inputs.place_of(*example) for example in examples)
+        lines.append(f"{kind:<10} {rows} {has}, e.g. {places}; {fix}")
+
+    if count := len(duplicates):
+        add("duplicates", count, "the text and label of an earlier one", drop_duplicates, ("train", duplicates[0]))
+    if count := len(conflicts):
+        first = conflicts[0]
+        other = np.flatnonzero((train.text_digests == train.text_digests[first]) & (keys != keys[first]))[0]
+        add("conflicts", count, "a text with conflicting labels", drop_duplicates, ("train", first), ("train", other))
+    for split, rows in inputs.leaks.items():
+        leaked = np.flatnonzero(inputs.caches[split].text_digests == train.text_digests[rows[0]])[0]
+        add("leaks", len(rows), f"a text of {split}", drop_leaks, ("train", rows[0]), (split, leaked))
+    return lines
+
+
+def describe_rows(inputs: Inputs) -> str:
+    """Return the rows of every file, and how many of them are trained on or truncated."""
+    counts = {split: f"{len(cache):,}" for split, cache in inputs.caches.items()}
+    if len(inputs.caches["train"]) < len(inputs.all_training_rows):
+        counts["train"] += f" of {len(inputs.all_training_rows):,}"
+    rows = ", ".join(f"{split} {count}" for split, count in counts.items())
+    length, kind = inputs.config.max_length, inputs.config.long_texts
+    if kind == "windows":
+        windowed = sum(int((cache.lengths > length).sum()) for cache in inputs.caches.values())
+        return f"{rows}; {windowed:,} in windows of {length} tokens"
+    truncated = sum(int(cache.is_cut.sum()) for cache in inputs.caches.values())
+    kept = " (their beginning and end)" if kind == "head-tail" else ""
+    return rows + (f"; {truncated:,} cut to {length} tokens{kept}" if truncated else "")
 
 
 def examples_of(inputs: Inputs, name: str, count: int = 3) -> list[list[str | None]]:
