@@ -28,6 +28,7 @@ COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "drop_unusable
 EVAL_BATCH_TOKENS = 2048
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
 TASKS = ("auto", "single-label", "multi-label", "regression")
+LONG_TEXTS = ("cut", "head-tail", "windows")
 COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
 FORMATS = {  # format -> its description in the header; empty for tables, which are described by their delimiter
     "tsv": "",
@@ -197,59 +198,35 @@ optional = functools.partial(option, None)
 class Config:
     """A run's options. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
-    data_dir: FilePath | None = changeable(
-        None, "DIR: directory with train, and optionally dev (validation, val) and test files (default: SST-2)"
-    )
+    data_dir: FilePath | None = changeable(None, "DIR: folder with train, dev and test files (default: SST-2)")
     train_file: list[FilePath] = changeable([], "FILE: training rows, one or more files; overrides --data-dir")
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
-    dev_share: float | None = optional(
-        "P: share of each class set aside as dev (without a dev file: 0.1, up to 5,000 rows)", above(0, 0.9)
-    )
+    dev_share: float | None = optional("P: share of each class set aside as dev (no dev file: 0.1)", above(0, 0.9))
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
-    eval_file: list[NamedFile] = changeable(
-        [], "NAME=FILE: more labelled rows to evaluate on during training; may be repeated", _check_eval_files
-    )
-    text_column: list[str] | None = optional(
-        "NAME|N: column with the text, by name or number from 1; may be several (default: sentence or text)"
-    )
+    eval_file: list[NamedFile] = changeable([], "NAME=FILE: more labelled rows to evaluate on", _check_eval_files)
+    text_column: list[str] | None = optional("NAME|N: one or more columns with the text (default: sentence or text)")
     text_pair_column: str | None = optional("NAME|N: column with the second text, if rows are pairs of texts")
     label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")
     label_columns: list[str] | None = optional("NAME|N: one column per label, instead of --label-column")
     label_delimiter: str | None = optional("TEXT: text between several labels in a cell (default: , ; or |)")
     weight_column: str | None = optional("NAME|N: column with a training row's weight in the loss (0: left out)")
     task: str = option("auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASKS))
-    columns: list[str] = option(
-        [], "SPLIT:KEY=VALUE,...: options of one split, e.g. dev:text=sentence1,label=gold_label", _check_columns
-    )
+    columns: list[str] = option([], "SPLIT:KEY=VALUE,...: options of one split: dev:label=gold", _check_columns)
     format: str | None = optional(f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
-    delimiter: str | None = optional(
-        "NAME: tab, comma, semicolon, bar, or any characters (default: detected)", _check_delimiter
-    )
-    quoting: str | None = optional(
-        "NAME: how cells are quoted: none, double, single or backslash (default: detected)", one_of(*QUOTES)
-    )
-    encoding: str | None = optional(
-        "NAME: text encoding, e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)", _check_encoding
-    )
+    delimiter: str | None = optional("NAME: tab, comma, semicolon, bar or other (default: detected)", _check_delimiter)
+    quoting: str | None = optional("NAME: none, double, single or backslash (default: detected)", one_of(*QUOTES))
+    encoding: str | None = optional("NAME: e.g. cp1252 (default: UTF-8, or UTF-16 by its mark)", _check_encoding)
     header: bool | None = optional("whether a table's first line has the column names (default: detected)")
-    label_names: CommaSeparated | None = optional(
-        "A,B,...|FILE: class names in the order of their numbers, or 1=A,2=B,..., or a file of them", _check_label_names
-    )
+    label_names: CommaSeparated | None = optional("A,B,...|1=A,...|FILE: names of numbered classes", _check_label_names)
     drop_unusable: bool = option(False, "leave out broken rows and rows without text or label, instead of stopping")
-    check: FilePath | None = changeable(
-        None, "FILE: read and tokenize all files, print how they were read (to FILE as JSON), and exit"
-    )
+    check: FilePath | None = changeable(None, "FILE: only read and tokenize; show how, and write it to FILE as JSON")
     max_length: int = option(256, "TOKENS: maximum input length in tokens, including <s> and </s>", between(3, 100_000))
-    long_texts: str = option(
-        "cut", "NAME: texts beyond --max-length: cut, head-tail or windows", one_of("cut", "head-tail", "windows")
-    )
+    long_texts: str = option("cut", "NAME: texts beyond --max-length: cut, head-tail, windows", one_of(*LONG_TEXTS))
     stride: int = option(0, "TOKENS: from one window's start to the next (0: 3/4 of a window)", at_least(0))
     drop_duplicates: bool = option(False, "keep the first of identical rows; drop texts with conflicting labels")
     drop_leaks: bool = option(False, "drop training rows whose text is also in an evaluation file")
 
-    encoder: FilePath = changeable(
-        "xlmr.base", "NAME|DIR: xlmr.base, xlmr.large, owner/name on the Hugging Face Hub, or a directory in its layout"
-    )
+    encoder: FilePath = changeable("xlmr.base", "NAME|DIR: xlmr.base, xlmr.large, owner/name on the Hub, or a folder")
     layers: int = option(0, "N: use only the encoder's lowest N layers; faster, smaller (0: all)", at_least(0))
     dropout: float = option(0.1, "P: dropout in the encoder (hidden states, attention weights)", between(0, 1, False))
     head_dropout: float = option(0.1, "P: dropout in the classification head", between(0, 1, False))
@@ -263,21 +240,13 @@ class Config:
     lr: float = option(2e-5, "RATE: peak learning rate", above(0))
     weight_decay: float = option(0.01, "RATE: AdamW weight decay; biases and LayerNorm are exempt", at_least(0))
     layerwise_lr_decay: float = option(1.0, "F: learning rate factor per layer away from the head", above(0, 1))
-    schedule: str = option(
-        "linear", "NAME: after warm-up: linear or cosine decay to 0, constant", one_of("linear", "cosine", "constant")
-    )
+    schedule: str = option("linear", "NAME: linear or cosine decay, constant", one_of("linear", "cosine", "constant"))
     warmup_ratio: float = option(0.06, "SHARE: share of all steps over which the learning rate rises", between(0, 1))
     max_grad_norm: float = option(1.0, "NORM: clip the gradient's global norm to this (0: never)", at_least(0))
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
-    class_weights: str | None = optional(
-        "balanced|W0,W1,...: loss weight of each class; balanced: inverse frequency", _check_class_weights
-    )
-    threshold_for: str | None = optional(
-        "f1|precision=P|recall=R: per-label thresholds with the best F1 on dev, optionally with precision or recall of "
-        "at least P or R",
-        _check_threshold,
-    )
+    class_weights: str | None = optional("balanced|W0,W1,...: loss weight of each class", _check_class_weights)
+    threshold_for: str | None = optional("f1|precision=P|recall=R: aim of the labels' thresholds", _check_threshold)
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
 
@@ -288,20 +257,14 @@ class Config:
     deterministic: bool = option(False, "use only deterministic CUDA kernels (no effect on a CPU)")
     compile: bool = changeable(True, "on a CPU with GCC, use the compiled engine instead of plain PyTorch")
     threads: int = changeable(0, "N: CPU threads per process (0: its share of the available cores)", between(0, 1024))
-    timeout_minutes: float = changeable(
-        10.0, "MIN: minutes without contact until a process is considered lost", above(0)
-    )
+    timeout_minutes: float = changeable(10.0, "MIN: silence until a process is considered lost", above(0))
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
     eval_every: int | None = optional(
-        "N: evaluate every N steps of an epoch, and at its end (0: only then; default: up to 8 times)", at_least(0)
+        "N: evaluate every N steps of an epoch, and at its end (0: only then)", at_least(0)
     )
-    eval_batch_tokens: int = option(
-        EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation (a longer row: alone)", at_least(1)
-    )
-    best_by: str | None = optional(
-        "METRIC|NAME|mean: selects best/ by a metric on dev, or the main metric on an --eval-file or averaged over all"
-    )
+    eval_batch_tokens: int = option(EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation", at_least(1))
+    best_by: str | None = optional("METRIC|NAME|mean: selects best/: a metric on dev, an --eval-file, or the mean")
     early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))
     save_every: int = changeable(0, "N: checkpoint every N steps and after each epoch (0: only then)", at_least(0))
     keep_checkpoints: int = changeable(2, "N: how many of the newest checkpoints to keep", at_least(2))

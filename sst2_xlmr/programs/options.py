@@ -55,27 +55,24 @@ probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"
 
 
 def add_model_options(add: Add) -> None:
-    what = "directory of a trained model, or owner/name[@revision] on the Hugging Face Hub; repeat it to average the"
-    what += " probabilities of several models"
     model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
+    what = "a trained model's folder, or owner/name[@revision] on the Hub; repeat it to average several models"
     add("--model", metavar="DIR|NAME", help=what, **model)
     what = f"tokens per forward pass (a longer row: alone) [{EVAL_BATCH_TOKENS}]"
     add("--batch-tokens", type=positive, default=EVAL_BATCH_TOKENS, metavar="TOKENS", help=what)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    what = "auto: bf16 if the device computes it natively, else fp32; int8: on a CPU with AVX512-VNNI [auto]"
-    add("--precision", choices=PRECISIONS, default="auto", help=what)
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if native, else fp32; int8: needs VNNI")
 
 
 def add_abstention(add: Add) -> None:
-    what = f"predict {ABSTAINED} instead of a label whose probability is lower"
-    add("--abstain-below", type=probability, default=0.0, metavar="P", help=what)
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=f"predict {ABSTAINED} below probability P")
 
 
 def add_bounds(add: Add) -> None:
     """Add the bounds for comparing two precisions."""
-    percent, what = number_to(100, "percentage"), "points of the main metric that may be lost [0.3]"
+    percent = number_to(100, "percentage")
     add("--most-changed", type=percent, default=1.0, metavar="PERCENT", help="labels that may change [1]")
-    add("--most-lost", type=percent, default=0.3, metavar="POINTS", help=what)
+    add("--most-lost", type=percent, default=0.3, metavar="POINTS", help="points of the metric that may be lost [0.3]")
 
 
 def predict(parser: OneLineParser, add: Add) -> None:
@@ -104,7 +101,7 @@ def evaluate(parser: OneLineParser, add: Add) -> None:
     add_bounds(add)
     add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add("--overwrite", action="store_true", help="replace an existing --json file")
-    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars and plots to this directory")
+    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars and plots to this folder")
 
 
 def export(parser: OneLineParser, add: Add) -> None:
@@ -114,10 +111,8 @@ def export(parser: OneLineParser, add: Add) -> None:
     add("--output", required=True, type=Path, metavar="PATH", help="the new folder (hf, onnx-hf) or file")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights; hf only [fp32]")
     add("--from-ids", action="store_true", help="onnx: take token ids instead of texts")
-    what = "drop the embedding rows that neither these texts nor single characters need"
-    add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help=what)
-    what = f"rows to compare on, labelled or not: {or_list(KINDS)}, or lines of text [built-in sentences]"
-    add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help=what)
+    add("--keep-vocabulary-of", nargs="+", default=[], metavar="FILE", help="keep only these texts' embedding rows")
+    add("--check-file", nargs="+", default=[], metavar="[NAME=]FILE", help="rows or lines of text to compare on")
     add_options(parser, *TABLE_OPTIONS)
     add_bounds(add)
 
@@ -129,8 +124,7 @@ def split(parser: OneLineParser, add: Add) -> None:
     add("--test-share", type=share, default=0.0, metavar="P", help="share of each class's rows for the test set [0]")
     add("--dev-share", type=share, default=0.0, metavar="P", help="share of each class's rows for dev [0]")
     add("--rows", type=positive, metavar="N", help="instead of --test-share: number of rows in the test set")
-    what = "no test text may contain a training text or be part of one; needs --rows"
-    add("--keep-parts-apart", action="store_true", help=what)
+    add("--keep-parts-apart", action="store_true", help="with --rows: no test text is part of a training text")
     add("--train-rows", type=positive, metavar="N", help="train on N random rows of the remaining ones [all]")
     add("--seed", type=int, default=0, metavar="N", help="random seed [0]")
     add_options(parser, *TEXT_OPTIONS, "label_column")
@@ -148,8 +142,7 @@ def study(parser: OneLineParser, add: Add) -> None:
     add("--seeds", type=seed_list, metavar="N,...", help="seeds; one run for each")
     add("--folds", type=int, default=0, metavar="K", help="instead of --seeds: K-fold cross-validation")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per setting")
-    what = "name and options of a setting; may be repeated"
-    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help=what)
+    add("--setting", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="a setting to compare")
 
 
 def distill(parser: OneLineParser, add: Add) -> None:
@@ -161,8 +154,7 @@ def distill(parser: OneLineParser, add: Add) -> None:
     add("--rounds", type=positive, default=1, metavar="N", help="rounds; the students of each teach the next [1]")
     add("--labelled", default="", metavar="OPTIONS", help="more options for the runs on the labelled rows alone")
     add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divide the teachers' logits by T [1]")
-    what = "shift the teachers' logits so that each file's soft labels have the class shares of the labelled rows"
-    add("--align-classes", action="store_true", help=what)
+    add("--align-classes", action="store_true", help="give soft labels the class shares of the labelled rows")
     add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="weight of an unlabelled row's loss [1]")
     add("--teacher-precision", choices=PRECISIONS, default="auto", help="precision of the teachers [auto]")
 
@@ -170,8 +162,7 @@ def distill(parser: OneLineParser, add: Add) -> None:
 def fetch(parser: OneLineParser, add: Add) -> None:
     """Fetch data and encoders ahead of time."""
     ours = ", ".join(FETCHED)
-    what = f"{ours}, or OWNER/NAME[@REVISION] of a model on the Hugging Face Hub (default: sst2 xlmr.base)"
-    add("names", nargs="*", metavar="NAME", help=what)
+    add("names", nargs="*", metavar="NAME", help=f"{ours}, or OWNER/NAME[@REVISION] on the Hub [sst2 xlmr.base]")
     add("--cache-dir", metavar="DIR", type=Path, help=f"cache for {ours} [{cache_dir()}]")
 
 
@@ -180,8 +171,7 @@ def serve(parser: OneLineParser, add: Add) -> None:
     add_model_options(add)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")
-    what = "worker processes, which share the cores; use several if one core cannot parse all requests [1]"
-    add("--workers", type=positive, default=1, metavar="N", help=what)
+    add("--workers", type=positive, default=1, metavar="N", help="worker processes, which share the cores [1]")
     add_abstention(add)
 
 
