@@ -13,8 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SAMPLE_DATA, Capture, Patch, change_weights, file_size_limit, kernels_for, metrics, train_options
-from conftest import user_error
+from conftest import (
+    SAMPLE_DATA,
+    Capture,
+    Patch,
+    change_weights,
+    file_size_limit,
+    kernels_for,
+    metrics,
+    train_options,
+    user_error,
+)
 from running import events_in
 
 import sst2_xlmr
