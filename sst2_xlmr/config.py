@@ -230,7 +230,6 @@ class Config:
     layers: int = option(0, "N: use only the encoder's lowest N layers; faster, smaller (0: all)", at_least(0))
     dropout: float = option(0.1, "P: dropout in the encoder (hidden states, attention weights)", between(0, 1, False))
     head_dropout: float = option(0.1, "P: dropout in the classification head", between(0, 1, False))
-    full_vocabulary: bool = option(False, "train all embedding rows, even of unused tokens; same result, but slower")
     freeze_encoder: bool = option(False, "train only the classification head")
 
     epochs: float = option(3.0, "N: passes over the training rows; may be a fraction, such as 2.5", above(0, 1e6))

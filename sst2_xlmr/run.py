@@ -17,7 +17,7 @@ from sst2_xlmr.evaluation.calibration import calibrate
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
-from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary
 from sst2_xlmr.report.console import Report
 from sst2_xlmr.task import LOWER_IS_BETTER, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
@@ -49,9 +49,7 @@ class Run:
         labels, weights = caches["train"].labels, caches["train"].weights
         task = inputs.task.for_training(config, labels, weights, world.device)
         self.task = replace(task, thresholds=tuple(state.thresholds))
-        self.vocabulary = whole_vocabulary(shape.vocab_size)
-        if not config.full_vocabulary:
-            self.vocabulary = used_vocabulary((cache.distinct_ids for cache in caches.values()), shape.vocab_size)
+        self.vocabulary = used_vocabulary((cache.distinct_ids for cache in caches.values()), shape.vocab_size)
         dropout = 0.0 if config.freeze_encoder else config.dropout
         classifier, self.head_is_new = build_classifier(
             inputs.encoder, self.task, dropout, config.head_dropout, config.seed, self.vocabulary
@@ -217,8 +215,7 @@ class Run:
     def export(self, name: str) -> None:
         """Write the current model, with the whole vocabulary, to this folder of the run."""
         weights, task, writer = dict(self.optimizer.weights()), self.task, self.background_writer
-        if not self.vocabulary.is_whole:
-            weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
+        weights[EMBEDDING] = self.vocabulary.expand(pretrained_table(self.inputs.encoder), weights[EMBEDDING])
         if self.config.calibrate:
             task = at_temperature(task, self.state.temperature)
         folder = self.folder / name

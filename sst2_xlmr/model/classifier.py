@@ -72,7 +72,7 @@ def build_classifier(
     The encoder's own head is kept if its task and label names are the same; a new one is initialized from `seed`. Only
     the embedding rows of `vocabulary` are read. UserError if the weights do not fit the encoder's configuration.
     """
-    ids = None if vocabulary is None or vocabulary.is_whole else vocabulary.ids
+    ids = None if vocabulary is None else vocabulary.ids
     rows = None if ids is None else len(ids)
     with torch.device("meta"), _Uninitialized():
         model = SequenceClassifier(encoder.shape, task.outputs, dropout, head_dropout, rows)

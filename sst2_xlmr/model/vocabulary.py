@@ -29,18 +29,12 @@ class Vocabulary:
     scaled_weight_decay: float = 0.0  # the table's, times its factor on the learning rate; 0 if it is frozen
     unused_rows_factor: float = 1.0  # product of (1 - lr * weight decay) over all steps, for rows without any gradient
 
-    @property
-    def is_whole(self) -> bool:
-        return len(self.ids) == self.size
-
     def decay_unused_rows(self, lr: float) -> None:
         """Update `unused_rows_factor` for an optimizer step; `lr` is the learning rate before layer-wise decay."""
         self.unused_rows_factor *= 1 - lr * self.scaled_weight_decay
 
-    def id_map(self) -> Tensor | None:
-        """Return int32 [size], the row of each id, `<unk>`'s if it has none; None for the whole vocabulary."""
-        if self.is_whole:
-            return None
+    def id_map(self) -> Tensor:
+        """Return int32 [size], the row of each id, `<unk>`'s if it has none."""
         rows = torch.full((self.size,), 3, dtype=torch.int32)
         rows[self.ids] = torch.arange(len(self.ids), dtype=torch.int32)
         return rows
@@ -70,10 +64,6 @@ class Vocabulary:
                 rows = start.cpu() * self.unused_rows_factor if tensors is weights else torch.zeros(start.shape)
                 rows[torch.isin(self.ids, ids)] = tensors[name][torch.isin(ids, self.ids)]
                 tensors[name] = rows
-
-
-def whole_vocabulary(size: int) -> Vocabulary:
-    return Vocabulary(torch.arange(size), size)
 
 
 def used_vocabulary(id_arrays: Iterable[np.ndarray], size: int) -> Vocabulary:

@@ -19,7 +19,7 @@ from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.engines.cpu.shared_memory import shared_bytes
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import EMBEDDING, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.training.optimizer import BETAS, EPSILON, AdamW, group_of
 from sst2_xlmr.util.distributed import World, broadcast, gather_objects
 
@@ -152,7 +152,7 @@ def test_micro_batches_add_up_in_fp32(kind: str) -> None:
 def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float) -> None:
     """Also at real settings, where a factor rounded to fp32 would decay 8 % too much."""
     classifier = model()
-    optimizer, vocabulary = build(kind, classifier), whole_vocabulary(50)
+    optimizer, vocabulary = build(kind, classifier), Vocabulary(torch.arange(50), 50)
     scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, 2, CONFIG)
     vocabulary.scaled_weight_decay = scale * decay
     before, _ = saved(optimizer)

@@ -21,7 +21,7 @@ from sst2_xlmr import __version__, train
 from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
-from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary, whole_vocabulary
+from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
 from sst2_xlmr.training.checkpoint import (
     find_checkpoint,
     find_damage,
@@ -108,7 +108,7 @@ def optimizer(seed: int, rows: int = 50) -> AdamW:
 
 
 def save(folder: Path, step: int, seed: int = 0) -> AdamW:
-    saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), whole_vocabulary(50)
+    saved, meter, vocabulary = optimizer(seed), TrainMeter(ALONE), Vocabulary(torch.arange(50), 50)
     meter.totals, vocabulary.unused_rows_factor = TOTALS, 0.75
     with BackgroundWriter() as background_writer:
         state = dataclasses.replace(STATE, step=step)
@@ -123,7 +123,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     checkpoint = find_checkpoint(tmp_path, pytest.fail)
     assert checkpoint is not None
     assert read_state(checkpoint) == STATE
-    loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), whole_vocabulary(50)
+    loaded, meter, vocabulary = optimizer(1), TrainMeter(ALONE), Vocabulary(torch.arange(50), 50)
     load_checkpoint(checkpoint, (STATE, meter, loaded, vocabulary), 0, ALONE)
     assert (meter.totals, vocabulary.unused_rows_factor) == (TOTALS, 0.75)
     assert torch.equal(torch.rand(5), expected)
@@ -157,7 +157,7 @@ def test_another_number_of_processes_begins_new_random_streams(tmp_path: Path) -
     for rank, step in ((0, 5), (1, 5), (0, 6)):
         world = dataclasses.replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
         state = dataclasses.replace(STATE, step=step)
-        contents = (state, TrainMeter(ALONE), optimizer(1), whole_vocabulary(50))
+        contents = (state, TrainMeter(ALONE), optimizer(1), Vocabulary(torch.arange(50), 50))
         load_checkpoint(tmp_path / "step-00000001", contents, 0, world)
         drawn.append(str(torch.rand(3)))
     assert len(set(drawn)) == 3
@@ -200,7 +200,7 @@ def test_a_kill_while_the_same_step_is_replaced_leaves_one(tmp_path: Path, monke
     assert find_checkpoint(folder, pytest.fail) == folder / "step-00000002"
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000001", "step-00000002"]
     loaded = optimizer(9)
-    contents = (STATE, TrainMeter(ALONE), loaded, whole_vocabulary(50))
+    contents = (STATE, TrainMeter(ALONE), loaded, Vocabulary(torch.arange(50), 50))
     load_checkpoint(folder / "step-00000002", contents, 0, ALONE)
     is_from = [torch.equal(loaded.weights()[EMBEDDING], table) for table in tables]  # type: ignore[arg-type]
     assert is_from == [False, True] or (is_from == [True, False] and calls < 4)
