@@ -193,7 +193,12 @@ void bias_gelu_backward(real *grad, const real *derivative, real *dbias, int64_t
 
 /* ---- attention ---- */
 
-#define WIDTH 16 /* columns at once; buffers have a multiple of it */
+/* Columns at once: one register's. GCC would spell out shuffles of wider vectors element by element. */
+#ifdef __AVX512F__
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
 #define HEIGHT 6 /* rows at once */
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
