@@ -202,7 +202,7 @@ def _check_outputs(config: Config, resume: bool) -> None:
                     raise UserError(f"--output-dir {folder} already exists; {fix}")
             parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a directory you may write to")
+                raise UserError(f"cannot write to {flag(name)} {folder}: {parent} is not a folder you may write to")
         except OSError as error:
             raise UserError(f"cannot write to {flag(name)} {folder}: {error.strerror}") from None
     file = Path(config.check or os.devnull)

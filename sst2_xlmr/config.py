@@ -258,7 +258,7 @@ class Config:
     threads: int = changeable(0, "N: CPU threads per process (0: its share of the available cores)", between(0, 1024))
     timeout_minutes: float = changeable(10.0, "MIN: silence until a process is considered lost", above(0))
 
-    output_dir: FilePath | None = changeable(None, "DIR: the run's directory (default: runs/ and the start time)")
+    output_dir: FilePath | None = changeable(None, "DIR: the run's folder (default: runs/ and the start time)")
     eval_every: int | None = optional(
         "N: evaluate every N steps of an epoch, and at its end (0: only then)", at_least(0)
     )

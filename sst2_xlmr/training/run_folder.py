@@ -30,7 +30,7 @@ def lock_run_folder(run_folder: Path) -> IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a POSIX lock works over NFS, and ends with the process
     except (BlockingIOError, PermissionError):
         holder = file.read(200).strip() or "another process"
-        raise UserError(f"{run_folder} is in use by {holder}; wait for it, or choose another directory") from None
+        raise UserError(f"{run_folder} is in use by {holder}; wait for it, or choose another folder") from None
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; put the run on a file system with locks") from None
     file.truncate(0)
