@@ -43,9 +43,7 @@ def training_engine(
 ) -> tuple[nn.Module, CpuAdamW] | None:
     """Return a faster model and its optimizer; None if there is none. Every rank must call it, with the same weights.
 
-    Args:
-        classifier: in fp32; its parameters become the optimizer's.
-        precision: bf16 or fp32.
+    The classifier is in fp32, and its parameters become the optimizer's; the precision is bf16 or fp32.
     """
     kernels = kernels_for(torch.bfloat16 if precision == "bf16" else torch.float32, world)
     if kernels is None:
@@ -59,9 +57,7 @@ def training_engine(
 def int8_engine(classifier: SequenceClassifier, task: Task, dtype: torch.dtype) -> nn.Module | None:
     """Return a classifier's forward pass in 8-bit integers; None if this machine has no GCC or no AVX512-VNNI.
 
-    Args:
-        classifier: in fp32, on the CPU; it is not needed any more.
-        dtype: of what is not a product with weights.
+    The classifier, in fp32 on the CPU, is not needed afterwards; `dtype` is that of all but products with weights.
     """
     kernels, fp32 = load_kernels(dtype), load_kernels(torch.float32)
     if kernels is None or fp32 is None or not fp32.has_int8:

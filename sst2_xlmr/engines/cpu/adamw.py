@@ -45,9 +45,8 @@ class CpuAdamW:
             if kernels.dtype == torch.bfloat16:
                 parameter.data, state.low_bits = split_master(parameter.data)
             if parameter.requires_grad:
-                state.exp_avg, state.exp_avg_sq = (
-                    torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)
-                )
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    setattr(state, moment, torch.zeros_like(parameter.data, dtype=torch.float32))
                 state.lr_scale, state.weight_decay = group_of(name, parameter, layers, config)
             self._states.append(state)
         self._trained = [state for state in self._states if state.weight.requires_grad]
@@ -75,8 +74,7 @@ class CpuAdamW:
     def _share_memory(self) -> bool:
         """Move weights, moments and gradients to memory that all ranks see; every rank must have the same state.
 
-        Returns:
-            False if there is no such memory (see `shared_bytes`); then nothing has changed.
+        Returns False if there is no such memory (see `shared_bytes`); then nothing has changed.
         """
         world, weights = self._world, [state.weight.data for state in self._trained]
         tensors = [tensor for state in self._trained for tensor in state.tensors().values()]
@@ -172,7 +170,7 @@ class CpuAdamW:
         self._parameters["rate"] = [lr * state.lr_scale / bias_correction for state in self._trained]
         self._parameters["decay"] = [lr * state.lr_scale * state.weight_decay for state in self._trained]
         inverse_bias_correction = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
-        self._kernels.adamw(self._parameters, self._located, scale, BETAS, EPSILON, inverse_bias_correction)
+        self._kernels.adamw(self._parameters, self._located, scale, *BETAS, EPSILON, inverse_bias_correction)
         barrier_sum(self._group)  # all parts are updated
         self.clear_gradients()
 

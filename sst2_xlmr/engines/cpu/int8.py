@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sst2_xlmr.engines.cpu.int8_linear import Int16Linear, Quantized, int16_linear, linear8, linear16, quantize
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
@@ -37,11 +37,8 @@ def _weights_of(layer: Layer, is_last: bool) -> list[Int16Linear]:
 class Int8Classifier(nn.Module):
     """A classifier for prediction, made from a plain one in fp32, of whose weights it has copies.
 
-    Args:
-        kernels: of the dtype of attention and residual connections.
-        fp32: the same in fp32, for what is computed in 16 bits.
-        task: says which predictions are near ties.
-        near_tie: logits; a text whose prediction a change by this may change is computed in 16 bits.
+    `kernels` have the dtype of attention and residual connections; `fp32` are for what is computed in 16 bits: texts
+    whose prediction the task says a change of the logits by `near_tie` may change.
     """
 
     @torch.no_grad()
@@ -63,12 +60,8 @@ class Int8Classifier(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        keys: torch.Tensor | None = None,
-        windows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None, windows: Tensor | None = None
+    ) -> Tensor:
         """Return logits, fp32 [texts, outputs]; arguments as in `SequenceClassifier`, keys are not used."""
         logits = self._classify(mean_of_windows(self._in_8_bits(ids, lengths), windows))
         is_near = self.task.near_ties(logits, self.near_tie)
@@ -78,7 +71,7 @@ class Int8Classifier(nn.Module):
             logits[is_near] = self._classify(mean_of_windows(features, None if windows is None else windows[is_near]))
         return logits
 
-    def _in_8_bits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def _in_8_bits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return fp32 features at `<s>`, [windows, hidden]."""
         rows, ids, positions = pack(ids, lengths, None, 0.0)
         summed = self._embed(ids, positions).to(self.kernels.dtype)
@@ -88,7 +81,7 @@ class Int8Classifier(nn.Module):
             x, quantized = self._layer(weights, norms, x, quantized, rows)
         return x.float()
 
-    def _in_16_bits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def _in_16_bits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         rows, ids, positions = pack(ids, lengths, None, 0.0)
         x = self.norm(self._embed(ids, positions))
         linear = partial(linear16, self.fp32)
@@ -100,21 +93,21 @@ class Int8Classifier(nn.Module):
             x = norm2(y + linear(down, F.gelu(linear(up, y))))
         return x[rows.starts[:-1].long()]
 
-    def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return fp32 [tokens, hidden]."""
         return self.table[ids] * self.table_scales[ids, None] + self.positions[positions]
 
-    def _classify(self, features: torch.Tensor) -> torch.Tensor:
+    def _classify(self, features: Tensor) -> Tensor:
         return self.head.out(torch.tanh(self.head.dense(features)))
 
     def _layer(
         self,
         weights: list[Int16Linear],
         norms: tuple[nn.LayerNorm, nn.LayerNorm],
-        x: torch.Tensor,
+        x: Tensor,
         quantized: Quantized,
         rows: Packed,
-    ) -> tuple[torch.Tensor, Quantized]:
+    ) -> tuple[Tensor, Quantized]:
         """Return a layer's output in 8 bits for all tokens, or, of the last one, for every text's first token."""
         linear, (out, up, down, *projections) = partial(linear8, self.kernels), [high for high, _ in weights]
         if len(projections) == 1:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, struct
 from sst2_xlmr.util.tensors import quantize_weights
@@ -12,19 +12,16 @@ _PANEL = 64  # channels that lie together, as in int8.c
 _LINEAR = struct(**dict.fromkeys(("weights", "scales", "sums", "bias"), "u8"), n="i4", k="i4")
 _AFTER = struct(gelu="i4", **dict.fromkeys(("residual", "gamma", "beta"), "u8"), epsilon="f4")
 
-
 # Activations, every row with a range of its own: bytes, uint8 [rows, n rounded up to a multiple of 4], and ranges, fp32
 # [rows, 2], scale and shift: a value is scale * byte - shift.
-Quantized = tuple[torch.Tensor, torch.Tensor]
-
-
+Quantized = tuple[Tensor, Tensor]
 # A linear layer as int8.c reads it, and the tensors that its addresses point to.
-Int8Linear = tuple[np.ndarray, tuple[torch.Tensor, ...]]
+Int8Linear = tuple[np.ndarray, tuple[Tensor, ...]]
 # A linear layer whose weights are the sum of two parts of 8 bits: the layer in 8 bits, and what that rounds away.
 Int16Linear = tuple[Int8Linear, Int8Linear]
 
 
-def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> Int8Linear:
+def int8_linear(values: Tensor, scales: Tensor, bias: Tensor) -> Int8Linear:
     """Return a layer in 8 bits, from the values and scales of `quantize_weights`, and a bias, fp32 [n]."""
     n, k = values.shape
     sums = values.sum(1, dtype=torch.int32) * scales
@@ -34,14 +31,14 @@ def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) 
     return np.array((*[tensor.data_ptr() for tensor in tensors], n, k), _LINEAR), tensors
 
 
-def int16_linear(weight: torch.Tensor, bias: torch.Tensor) -> Int16Linear:
+def int16_linear(weight: Tensor, bias: Tensor) -> Int16Linear:
     """Return a layer in 16 bits; weight is fp32 [n, k], bias fp32 [n]."""
     values, scales = quantize_weights(weight)
     rest = quantize_weights(weight - values * scales[:, None])
     return int8_linear(values, scales, bias), int8_linear(*rest, torch.zeros_like(bias))
 
 
-def quantize(kernels: Kernels, x: torch.Tensor) -> Quantized:
+def quantize(kernels: Kernels, x: Tensor) -> Quantized:
     """Quantize activations of the kernels' dtype, [rows, n]."""
     values, ranges = _room(len(x), x.shape[1])
     threads = torch.get_num_threads()
@@ -49,7 +46,7 @@ def quantize(kernels: Kernels, x: torch.Tensor) -> Quantized:
     return values, ranges
 
 
-def linear16(kernels: Kernels, layer: Int16Linear, x: torch.Tensor) -> torch.Tensor:
+def linear16(kernels: Kernels, layer: Int16Linear, x: Tensor) -> Tensor:
     """Return a layer's output in 16 bits, fp32 [rows, n]; x is fp32 [rows, k]."""
     (high, _), (low, _) = layer
     values = torch.empty(len(x), int(high["n"]))
@@ -63,14 +60,13 @@ def linear8(
     layer: Int8Linear,
     x: Quantized,
     gelu: bool = False,
-    norm: tuple[torch.Tensor, nn.LayerNorm] | None = None,
+    norm: tuple[Tensor, nn.LayerNorm] | None = None,
     wanted: str = "both",
-) -> tuple[torch.Tensor, Quantized]:
+) -> tuple[Tensor, Quantized]:
     """Return a layer's output in 8 bits, after GELU or `norm`, in the kernels' dtype and quantized.
 
-    Args:
-        norm: the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
-        wanted: "values", "quantized" or "both"; what is not wanted is not filled in.
+    `norm` is the residual connection, of the kernels' dtype, [rows, n], and the LayerNorm that follow, in fp32.
+    `wanted` is "values", "quantized" or "both"; what is not wanted is not filled in.
     """
     (linear, _), rows = layer, len(x[1])
     values = torch.empty(rows if wanted != "quantized" else 0, int(linear["n"]), dtype=kernels.dtype)

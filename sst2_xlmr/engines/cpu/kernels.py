@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.files import digest_of, sync_files
@@ -70,8 +71,8 @@ _INT8_SIGNATURES = {  # with AVX512-VNNI only
 class Packed:
     """The tokens of some texts one after another; matrices may have more rows, which belong to no text."""
 
-    starts: torch.Tensor  # int32 [texts + 1], text b has tokens starts[b]:starts[b + 1]
-    keys: torch.Tensor  # uint32 [rows], what dropout masks are drawn from, as int32
+    starts: Tensor  # int32 [texts + 1], text b has tokens starts[b]:starts[b + 1]
+    keys: Tensor  # uint32 [rows], what dropout masks are drawn from, as int32
     longest: int  # tokens of the longest text
     drop_p: float  # the probability of dropout
 
@@ -87,7 +88,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint32(16))
 
 
-def _dropout(rows: Packed, site: int, at: torch.Tensor | None = None) -> np.ndarray:
+def _dropout(rows: Packed, site: int, at: Tensor | None = None) -> np.ndarray:
     keys = rows.keys if at is None else at
     return np.array((keys.data_ptr(), site, int(rows.drop_p * 2**32), 1 / (1 - rows.drop_p)), _DROPOUT)
 
@@ -108,34 +109,34 @@ class Kernels:
     def __reduce__(self) -> tuple[Any, ...]:  # so that a model with kernels can be copied and saved
         return load_kernels, (self.dtype,)
 
-    def dropout_(self, values: torch.Tensor, rows: Packed, site: int, at: torch.Tensor | None = None) -> None:
+    def dropout_(self, values: Tensor, rows: Packed, site: int, at: Tensor | None = None) -> None:
         """Multiply [rows, n] by the masks of a site, in place; `at` has the rows' keys if they are not all tokens."""
         drop = _dropout(rows, site, at)
         self.library.dropout(values.data_ptr(), *values.shape, drop.ctypes.data, torch.get_num_threads())
 
-    def column_sums(self, values: torch.Tensor) -> torch.Tensor:
+    def column_sums(self, values: Tensor) -> Tensor:
         result = values.new_empty(values.shape[1])
         self.library.column_sums(values.data_ptr(), *values.shape, result.data_ptr(), torch.get_num_threads())
         return result
 
-    def mean_of(self, tensors: list[torch.Tensor], result: torch.Tensor) -> None:
+    def mean_of(self, tensors: list[Tensor], result: Tensor) -> None:
         """Write the mean of tensors, added in fp32 in their order, into `result`, which may be one of them."""
         pointers = (_P * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
         self.library.mean_of(pointers, len(tensors), result.numel(), result.data_ptr(), torch.get_num_threads())
 
     def add_norm(
         self,
-        x: torch.Tensor,
-        y: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor,
         epsilon: float,
         rows: Packed,
         site: int,
-        at: torch.Tensor | None = None,
+        at: Tensor | None = None,
         with_grad: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Return hidden = x + dropout(y + bias), or x without y, and its LayerNorm; all [rows, n].
 
         Without `with_grad`, both are the LayerNorm: only the backward pass needs `hidden`.
@@ -150,15 +151,15 @@ class Kernels:
 
     def add_norm_backward(
         self,
-        grad: torch.Tensor,
-        hidden: torch.Tensor,
-        gamma: torch.Tensor,
+        grad: Tensor,
+        hidden: Tensor,
+        gamma: Tensor,
         epsilon: float,
         rows: Packed,
         site: int,
-        at: torch.Tensor | None = None,
+        at: Tensor | None = None,
         has_y: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of hidden (and x), y, gamma, beta, bias."""
         dhidden, dy = torch.empty_like(grad), torch.empty_like(grad)
         dgamma, dbeta, dbias = (torch.empty_like(gamma) for _ in range(3))
@@ -166,28 +167,25 @@ class Kernels:
         outputs = [None if t is None else t.data_ptr() for t in written]
         inputs = (grad.data_ptr(), hidden.data_ptr(), gamma.data_ptr())
         drop = _dropout(rows, site, at)
-        self.library.add_norm_backward(
-            *inputs, epsilon, *outputs, *grad.shape, drop.ctypes.data, torch.get_num_threads()
-        )
+        sizes = *grad.shape, drop.ctypes.data, torch.get_num_threads()
+        self.library.add_norm_backward(*inputs, epsilon, *outputs, *sizes)
         return dhidden, dy, dgamma, dbeta, dbias
 
-    def bias_gelu_(self, x: torch.Tensor, bias: torch.Tensor, with_grad: bool = False) -> torch.Tensor:
+    def bias_gelu_(self, x: Tensor, bias: Tensor, with_grad: bool = False) -> Tensor:
         """Return gelu(x + bias); x becomes it, too, or `with_grad` the derivative there."""
         y = torch.empty_like(x) if with_grad else None
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, bias, y)]
         self.library.bias_gelu(*pointers, *x.shape, torch.get_num_threads())
         return x if y is None else y
 
-    def bias_gelu_backward_(self, grad: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
+    def bias_gelu_backward_(self, grad: Tensor, derivative: Tensor) -> Tensor:
         """Multiply `grad` by the derivative, in place, and return the bias's gradient."""
         bias = grad.new_empty(grad.shape[1])
         tensors = (grad.data_ptr(), derivative.data_ptr(), bias.data_ptr())
         self.library.bias_gelu_backward(*tensors, *grad.shape, torch.get_num_threads())
         return bias
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed, site: int
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int, rows: Packed, site: int) -> Tensor:
         """Return [queries, hidden]; q, k, v are [tokens, hidden], possibly columns of a wider matrix.
 
         A `q` with one row per text is the query of the text's first token. Rows behind the last text become zero.
@@ -200,9 +198,9 @@ class Kernels:
 
     def attention_backward(
         self,
-        grad: torch.Tensor,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        outputs: tuple[Tensor, Tensor, Tensor],
         heads: int,
         rows: Packed,
         site: int,
@@ -221,21 +219,13 @@ class Kernels:
         sizes = (parameters.ctypes.data, len(parameters), gradients.ctypes.data)
         return float(self.library.square_sum(*sizes, torch.get_num_threads()))
 
-    def adamw(
-        self,
-        parameters: np.ndarray,
-        gradients: np.ndarray,
-        scale: float,
-        betas: tuple[float, float],
-        epsilon: float,
-        root: float,
-    ) -> None:
-        """Make one step of AdamW; see the C source."""
+    def adamw(self, parameters: np.ndarray, gradients: np.ndarray, *scalars: float) -> None:
+        """Make one step of AdamW; for the scalars, from `scale` to `root`, see the C source."""
         sizes = (parameters.ctypes.data, len(parameters), gradients.ctypes.data)
-        self.library.adamw(*sizes, scale, *betas, epsilon, root, torch.get_num_threads())
+        self.library.adamw(*sizes, *scalars, torch.get_num_threads())
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rows: Packed) -> np.ndarray:
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, rows: Packed) -> np.ndarray:
     texts = len(rows.starts) - 1
     pointers = [tensor.data_ptr() for tensor in (q, k, v, rows.starts)]
     sizes = (texts, heads, q.shape[1] // heads, rows.longest, len(q) != len(k) or len(k) == texts)

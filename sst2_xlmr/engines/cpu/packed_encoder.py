@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed, mix
 from sst2_xlmr.engines.cpu.packed_layers import SITES_PER_LAYER, Embedding, LastLayer, Layer, Settings
@@ -27,18 +27,11 @@ def rounded_up(tokens: int) -> int:
     return tokens + -tokens % 8
 
 
-def pack(
-    ids: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None, drop_p: float
-) -> tuple[Packed, torch.Tensor, torch.Tensor]:
-    """Add the few rows of `rounded_up` to packed texts.
+def pack(ids: Tensor, lengths: Tensor, keys: Tensor | None, drop_p: float) -> tuple[Packed, Tensor, Tensor]:
+    """Add the few rows of `rounded_up` to packed texts: ids, int64 [tokens], and lengths, int64 [texts].
 
-    Args:
-        ids: int64 [tokens], of all texts one after another.
-        lengths: int64 [texts], tokens per text.
-        keys: int64 [texts], below 2**32, where each text's dropout masks come from; None for zeros.
-
-    Returns:
-        The layout; ids and positions (0, 1, ... in every text), int64 [tokens], those behind the last text 1 and 0.
+    `keys`, int64 [texts], below 2**32, are what each text's dropout masks are drawn from; None for zeros. Returns the
+    layout, and ids and positions (0, 1, ... in every text), int64 [tokens], those behind the last text 1 and 0.
     """
     starts = np.concatenate([[0], np.cumsum(lengths.numpy())])
     real_tokens = int(starts[-1])
@@ -67,17 +60,11 @@ class PackedClassifier(nn.Module):
         self.no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        keys: torch.Tensor | None = None,
-        windows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return logits, [texts, outputs], of the parameters' dtype.
+        self, ids: Tensor, lengths: Tensor, keys: Tensor | None = None, windows: Tensor | None = None
+    ) -> Tensor:
+        """Return logits, [texts, outputs], of the parameters' dtype; for the arguments see `SequenceClassifier`.
 
-        Args:
-            ids, lengths, windows: see `SequenceClassifier`.
-            keys: int64 [windows], what every window's dropout masks are drawn from; the head's, from its text's first.
+        `keys`, int64 [windows], seed the dropout masks of every window; the head's, those of its text's first.
         """
         encoder, head, shape = self.classifier.encoder, self.classifier.head, self.classifier.shape
         rows, ids, positions = pack(ids, lengths, keys, encoder.dropout.p if self.training else 0.0)
@@ -96,12 +83,10 @@ class PackedClassifier(nn.Module):
         return head.out(inner * _masks(inner, self.kernels, head_rows, firsts, site + 1))
 
 
-def _encode(encoder: Encoder, settings: Settings, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _encode(encoder: Encoder, settings: Settings, rows: Tensor, positions: Tensor) -> Tensor:
     """Return the last layer's output at every text's first token, [texts, hidden].
 
-    Args:
-        encoder: with parameters of the kernels' dtype.
-        rows, positions: int64 [tokens], rows of the embedding table, and positions in the texts.
+    `rows` and `positions`, int64 [tokens], are rows of the embedding table, and positions in the texts.
     """
     norm, where = encoder.norm, (rows, positions + FIRST_POSITION)
     hidden = Embedding.apply(encoder.tokens.weight, encoder.positions.weight, norm.weight, norm.bias, settings, where)
@@ -118,7 +103,7 @@ def _encode(encoder: Encoder, settings: Settings, rows: torch.Tensor, positions:
     return hidden
 
 
-def _masks(like: torch.Tensor, kernels: Kernels, rows: Packed, tokens: torch.Tensor, site: int) -> torch.Tensor:
+def _masks(like: Tensor, kernels: Kernels, rows: Packed, tokens: Tensor, site: int) -> Tensor:
     """Return dropout masks like `like`, [texts, n], of one token of each text: 0 or 1 / (1 - rows.drop_p)."""
     masks = torch.ones_like(like)
     kernels.dropout_(masks, rows, site, rows.keys[tokens])

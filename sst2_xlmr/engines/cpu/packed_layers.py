@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sst2_xlmr.engines.cpu.kernels import Kernels, Packed
@@ -30,7 +31,7 @@ class Settings(NamedTuple):
     first_site: int  # added to the numbers of a layer's dropout sites
 
 
-def _sum_by_row(like: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _sum_by_row(like: Tensor, where: Tensor, values: Tensor) -> Tensor:
     """Return zeros like `like` with values[i] added to row where[i]; summed in fp32."""
     distinct, inverse = where.unique(return_inverse=True)
     sums = torch.zeros(len(distinct), values.shape[1]).index_add_(0, inverse, values.float())
@@ -43,13 +44,13 @@ class Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        table: torch.Tensor,
-        position_table: torch.Tensor,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
+        table: Tensor,
+        position_table: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
         settings: Settings,
-        where: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+        where: tuple[Tensor, Tensor],
+    ) -> Tensor:
         kernels, rows = settings.kernels, settings.rows
         summed = F.embedding(where[0], table) + F.embedding(where[1], position_table)
         norm = gamma, beta, settings.epsilon
@@ -61,29 +62,22 @@ class Embedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         table, position_table, gamma, hidden = ctx.saved_tensors
         kernels, rows, (ids, positions) = ctx.settings.kernels, ctx.settings.rows, ctx.where
         grad = grad.clone(memory_format=torch.contiguous_format)
         kernels.dropout_(grad, rows, EMBEDDINGS)
-        dhidden, _, dgamma, dbeta, _ = kernels.add_norm_backward(
-            grad, hidden, gamma, ctx.settings.epsilon, rows, EMBEDDINGS, has_y=False
-        )
-        return (
-            _sum_by_row(table, ids, dhidden),
-            _sum_by_row(position_table, positions, dhidden),
-            dgamma,
-            dbeta,
-            None,
-            None,
-        )
+        inputs = grad, hidden, gamma, ctx.settings.epsilon, rows, EMBEDDINGS
+        dhidden, _, dgamma, dbeta, _ = kernels.add_norm_backward(*inputs, has_y=False)
+        dtable, dpositions = _sum_by_row(table, ids, dhidden), _sum_by_row(position_table, positions, dhidden)
+        return dtable, dpositions, dgamma, dbeta, None, None
 
 
 class Layer(torch.autograd.Function):
     """One post-norm transformer layer (https://arxiv.org/abs/1706.03762), all positions."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, settings: Settings, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, settings: Settings, *parameters: Tensor) -> Tensor:
         site = settings.first_site + ATTENTION
         projected = F.linear(x, parameters[0], parameters[1])
         q, k, v = projected.chunk(3, dim=1)
@@ -95,7 +89,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, projected, mixed, *saved = ctx.saved_tensors
         settings: Settings = ctx.settings
         kernels, site = settings.kernels, settings.first_site + ATTENTION
@@ -113,7 +107,7 @@ class LastLayer(torch.autograd.Function):
     """The same at the first token of every text only; its keys and values come from all tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, settings: Settings, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, settings: Settings, *parameters: Tensor) -> Tensor:
         rows, site = settings.rows, settings.first_site + ATTENTION
         width = x.shape[1]
         firsts = rows.starts[:-1].long()
@@ -130,15 +124,14 @@ class LastLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, firsts, at, first, q, kv, mixed, *saved = ctx.saved_tensors
         settings: Settings = ctx.settings
         kernels, site = settings.kernels, settings.first_site + ATTENTION
         saved, parameters = saved[:-12], saved[-12:]
         width = x.shape[1]
-        dhidden, dmixed, gradients = _after_attention_backward(
-            grad.contiguous(), mixed, settings, saved, parameters, at
-        )
+        grad = grad.contiguous()
+        dhidden, dmixed, gradients = _after_attention_backward(grad, mixed, settings, saved, parameters, at)
         dq, dkv = torch.empty_like(q), torch.empty_like(kv)
         (k, v), (dk, dv) = kv.chunk(2, dim=1), dkv.chunk(2, dim=1)
         kernels.attention_backward(dmixed, (q, k, v), (dq, dk, dv), settings.heads, settings.attention_rows, site)
@@ -150,12 +143,8 @@ class LastLayer(torch.autograd.Function):
 
 
 def _after_attention(
-    x: torch.Tensor,
-    mixed: torch.Tensor,
-    settings: Settings,
-    parameters: tuple[torch.Tensor, ...],
-    at: torch.Tensor | None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    x: Tensor, mixed: Tensor, settings: Settings, parameters: tuple[Tensor, ...], at: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """Return the layer's output, and what its backward pass needs. All are [rows, ...] for the rows of x."""
     kernels, rows, epsilon, site = settings.kernels, settings.rows, settings.epsilon, settings.first_site
     out, out_bias, gamma1, beta1, linear1, bias1, linear2, bias2, gamma2, beta2 = parameters[2:]
@@ -172,13 +161,8 @@ def _after_attention(
 
 
 def _after_attention_backward(
-    grad: torch.Tensor,
-    mixed: torch.Tensor,
-    settings: Settings,
-    saved: list[torch.Tensor],
-    parameters: list[torch.Tensor],
-    at: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    grad: Tensor, mixed: Tensor, settings: Settings, saved: list[Tensor], parameters: list[Tensor], at: Tensor | None
+) -> tuple[Tensor, Tensor, Gradients]:
     """Return the gradients of x (its residual part), of `mixed`, and of the parameters after the input projection."""
     kernels, rows, epsilon, site = settings.kernels, settings.rows, settings.epsilon, settings.first_site
     out, _, gamma1, _, linear1, _, linear2, _, gamma2, _ = parameters[2:]

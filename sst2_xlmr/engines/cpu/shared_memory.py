@@ -22,9 +22,8 @@ ALIGNMENT = 64  # bytes; of every tensor, so that no two share a cache line
 def shared_bytes(world: World, size: int) -> mmap.mmap | None:
     """Return `size` bytes and a few more, zeros at first, that all processes see; every rank must call it.
 
-    Returns:
-        None on every rank if they are not all on one Linux machine, where each sees the others' processes, or if
-        Python was built without `os.memfd_create`.
+    None on every rank if they are not all on one Linux machine, where each sees the others' processes, or if Python was
+    built without `os.memfd_create`.
     """
     if world.world_size != world.local_world_size:
         return None
