@@ -57,9 +57,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:10]) + more
 
 
-def _quoted(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + "..."
+def _quoted(label: str) -> str:
+    return repr(label) if len(label) <= 40 else repr(label[:40]) + "..."
 
 
 def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:

@@ -14,12 +14,12 @@ from sst2_xlmr.backend import prediction_model, training_backend
 from sst2_xlmr.data.batches import BatchLoader
 from sst2_xlmr.data.prepare import Inputs
 from sst2_xlmr.evaluation.calibration import calibrate
-from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
+from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate, evaluation_of
 from sst2_xlmr.export.folder import export_run
 from sst2_xlmr.model.classifier import build_classifier, load_classifier, pretrained_table
 from sst2_xlmr.model.vocabulary import EMBEDDING, used_vocabulary
 from sst2_xlmr.report.console import Report
-from sst2_xlmr.task import LOWER_IS_BETTER, at_temperature
+from sst2_xlmr.task import LOWER_IS_BETTER, Task, at_temperature
 from sst2_xlmr.training.checkpoint import CheckpointContents, save_checkpoint, seed_rank
 from sst2_xlmr.training.guard import NOT_FINITE_FIX, check_progress, collapse_reason
 from sst2_xlmr.training.meter import TrainMeter
@@ -59,7 +59,7 @@ class Run:
             lr_scale, decay = group_of(EMBEDDING, classifier.encoder.tokens.weight, shape.layers, config)
             self.vocabulary.scaled_weight_decay = lr_scale * decay
         self.loader = BatchLoader(caches["train"], config, world)
-        self.schedule = Schedule(config, len(self.loader), state.eval_every)
+        self.schedule = Schedule(config, state.batches_per_epoch, state.eval_every)
         seed_rank(config.seed, world.rank)
         classifier.to(world.device)
         backend = training_backend(classifier, config, state.precision, world)
@@ -126,11 +126,11 @@ class Run:
         if self.state.collapse_check_due:
             self.check_collapse()
 
-    def evaluate_split(self, split: str, model: nn.Module | None = None) -> Evaluation:
+    def evaluate_split(self, split: str, model: nn.Module | None = None, task: Task | None = None) -> Evaluation:
         """Evaluate the run's model or another one on a file; raises Interrupted if a signal arrives meanwhile."""
         tokens, cache = self.config.eval_batch_tokens, self.inputs.caches[split]
         with memory_errors(f"rerun with --eval-batch-tokens {max(1, tokens // 2)} or less"):
-            return evaluate(model or self.model, self.task, cache, tokens, self.world, self.stop_request.vote)
+            return evaluate(model or self.model, task or self.task, cache, tokens, self.world, self.stop_request.vote)
 
     def evaluate(self) -> None:
         """Evaluate during training, and keep the model if it is the best."""
@@ -159,7 +159,7 @@ class Run:
         self.state.thresholds = broadcast(self.world, thresholds)
         self.task = replace(self.task, thresholds=tuple(self.state.thresholds))
         for split in evaluations if self.task.thresholds else ():
-            evaluations[split] = evaluations[split].recomputed(1.0, self.task, caches[split].labels)
+            evaluations[split] = evaluation_of(self.task, evaluations[split].logits, caches[split].labels)
 
     def fit_temperature(self, dev: Evaluation) -> float:
         """Return the temperature for a model that is written, fitted on dev if --calibrate is given."""
@@ -179,21 +179,20 @@ class Run:
         task = at_temperature(self.task, temperature)
         for split, evaluation in evaluations.items():
             if temperature != 1:
-                evaluation = evaluation.recomputed(temperature, task, self.inputs.caches[split].labels)
+                labels = self.inputs.caches[split].labels
+                evaluation = evaluation_of(task, evaluation.logits / temperature, labels)
             self.metrics[split] = evaluation.metrics
             self.write_report(Report.log_evaluation, self.state.step, split, evaluation, task if plot else None)
 
     def evaluate_best(self) -> dict[str, dict[str, Any]]:
-        """Evaluate best/ on the test files, on rank 0 only; returns `best/NAME` -> metrics."""
-        self.background_writer.wait()
-        world, tokens = World(self.world.device), self.config.eval_batch_tokens
+        """Evaluate best/ on the test files; returns `best/NAME` -> metrics."""
+        on_rank0(self.world, self.background_writer.wait)
+        model, _, task = load_classifier(self.folder / "best", self.world.device, self.state.precision == "bf16")
         metrics: dict[str, dict[str, Any]] = {}
-        model, _, task = load_classifier(self.folder / "best", world.device, self.state.precision == "bf16")
         for split in self.test_splits:
-            evaluation = evaluate(prediction_model(model), task, self.inputs.caches[split], tokens, world)
+            evaluation = self.evaluate_split(split, prediction_model(model), task)
             metrics[f"best/{split}"] = evaluation.metrics
-            assert self.report is not None
-            self.report.log_evaluation(self.state.step, f"best/{split}", evaluation)
+            self.write_report(Report.log_evaluation, self.state.step, f"best/{split}", evaluation)
         return metrics
 
     def check_collapse(self) -> None:

@@ -284,13 +284,11 @@ class SingleLabel(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["label", "probability"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
-    def prediction_cells(
-        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
-    ) -> list[Any]:
-        """Return a row's cells for `columns`; the label is `ABSTAINED` if its probability is below `abstain_below`."""
-        highest = max(probabilities)
-        label = self.label_names[probabilities.index(highest)] if highest >= abstain_below else ABSTAINED
-        return [label, highest, *(probabilities if all_probabilities else ())]
+    def prediction_cells(self, row: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+        """Return the cells for `columns` of a row of probabilities; a label less likely than `abstain_below` is `?`."""
+        highest = max(row)
+        label = self.label_names[row.index(highest)] if highest >= abstain_below else ABSTAINED
+        return [label, highest, *(row if all_probabilities else ())]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
         """Return the misclassified rows, most confident first, and a function: row -> true and predicted label."""
@@ -539,13 +537,11 @@ class MultiLabel(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["labels", "probabilities"] + [f"probability_{name}" for name in self.label_names] * all_probabilities
 
-    def prediction_cells(
-        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
-    ) -> list[Any]:
+    def prediction_cells(self, row: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
         """The first two cells are lists: the row's labels and their probabilities."""
-        predicted = np.flatnonzero(self._has(np.asarray(probabilities, np.float32))).tolist()
-        names, values = [self.label_names[i] for i in predicted], [round(probabilities[i], 6) for i in predicted]
-        return [names, values, *(probabilities if all_probabilities else ())]
+        predicted = np.flatnonzero(self._has(np.asarray(row, np.float32))).tolist()
+        names, values = [self.label_names[i] for i in predicted], [round(row[i], 6) for i in predicted]
+        return [names, values, *(row if all_probabilities else ())]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
         predicted, true = self._has(probabilities), labels > 0.5
@@ -758,10 +754,8 @@ class Regression(_Common):
     def columns(self, all_probabilities: bool) -> list[str]:
         return ["score"]
 
-    def prediction_cells(
-        self, probabilities: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0
-    ) -> list[Any]:
-        return [round(probabilities[0], 6)]
+    def prediction_cells(self, row: Sequence[float], all_probabilities: bool, abstain_below: float = 0.0) -> list[Any]:
+        return [round(row[0], 6)]
 
     def mistakes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, Callable[[int], list[str]]]:
         """All rows, the largest errors first."""

@@ -127,8 +127,8 @@ def run_context(run: Run, checkpoint: Path | None, resume: bool) -> Iterator[Non
     if run.report:
         metrics = evaluations_at(run.folder / "metrics.jsonl", state.step)
         run.metrics = {split: metrics[split] for split in metrics if split not in best_splits}
-        for line in header_lines(run.inputs, state, run.optimizer, run.fallback_reason, run.world, run.head_is_new):
-            run.say(line)
+        hardware = run.optimizer, run.fallback_reason, run.world
+        run.say("\n".join(header_lines(run.inputs, state, total_steps, *hardware, run.head_is_new)))
         run.say(f"run        {run.folder}")
     if resume:
         run.say(f"resume     {f'from {checkpoint}' if checkpoint else 'no checkpoint yet: from the beginning'}")
@@ -144,10 +144,8 @@ def finish(run: Run) -> None:
         run.say(f"stopped early: {state.stale_evaluations} evaluations without a better {metric}")
     evaluations = {split: run.evaluate_split(split) for split in run.test_splits}
     run.log_evaluations(evaluations, state.temperature, plot=True)
-    best_metrics = None
-    if run.test_splits and state.best_step != state.step:
-        best_metrics = on_rank0(run.world, run.evaluate_best)  # None on other ranks
-    run.write_report(Report.say_end, {**run.metrics, **(best_metrics or {})})
+    best_metrics = run.evaluate_best() if run.test_splits and state.best_step != state.step else {}
+    run.write_report(Report.say_end, {**run.metrics, **best_metrics})
     run.export("model")
     run.ensure_checkpoint()
     if run.config.calibrate:
@@ -158,11 +156,11 @@ def finish(run: Run) -> None:
     run.say(f"model      after step {state.step}: {folder / 'model'}")
 
 
-def run_training(run: Run, checkpoint: Path | None) -> None:
+def run_training(run: Run) -> None:
     """Train and finish; if a signal or a collapse ends the run early, save it and raise SystemExit."""
     resume_command = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
-        if checkpoint and (run.state.evaluation_due or run.state.collapse_check_due):
+        if run.state.evaluation_due or run.state.collapse_check_due:  # since before a resume
             run.evaluate_if_due()
             run.save()
         with memory_errors(run.memory_fix):
@@ -208,4 +206,4 @@ def main(argv: list[str] | None = None) -> None:
             return
         run, checkpoint = prepare_run(config, resume, world)
         with run_context(run, checkpoint, resume):
-            run_training(run, checkpoint)
+            run_training(run)

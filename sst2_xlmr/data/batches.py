@@ -101,10 +101,6 @@ class BatchLoader:
         # int64 [rows], windows per row
         self.windows = cache.windows() if config.long_texts == "windows" else np.broadcast_to(1, len(cache))
 
-    def __len__(self) -> int:
-        """The number of global batches in an epoch."""
-        return -(-len(self.cache) // self.config.batch_size)
-
     def global_batches(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """Yield the row indices of an epoch's global batches, over all ranks, from batch `first` on."""
         return rows_in_training_order(self.cache.lengths, self.config.batch_size, self.config.seed, epoch, first)

@@ -65,12 +65,8 @@ class Inputs:
 
     def place_of(self, split: str, row: int) -> str:
         """Return `FILE:LINE` of a split's row; for train, of a row of `all_training_rows`."""
-        cache, source_rows = self.caches[split], self.splits[split].source_rows
-        if split == "train":
-            cache, source_rows = self.all_training_rows, None
-        source_row = row if source_rows is None else source_rows[row]
-        file = int(np.searchsorted(np.cumsum(cache.rows_of_files), source_row, side="right"))
-        return f"{self.splits[split].files[file].name}:{cache.lines[row]}"
+        cache = self.all_training_rows if split == "train" else self.caches[split]
+        return f"{self.splits[split].files[cache.files[row]].name}:{cache.lines[row]}"
 
     def digests(self) -> dict[str, str]:
         """Return name -> SHA-256 of every input but the options. Slow, it reads all weights: once per node."""

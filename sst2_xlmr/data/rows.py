@@ -1,6 +1,7 @@
 """Rows of labelled text: which columns to read, and which rows are usable. Errors name the file and the line."""
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -130,14 +131,13 @@ def _positions(path: Path, layout: Layout, read_options: ReadOptions, source: So
     return Positions(texts, pair, labels, weight, class_names)
 
 
-def label_name(path: Path, layout: Layout, read_options: ReadOptions, row: SourceRow, is_required: bool) -> str | None:
-    """Return the name of the label column; None if there is none, or UserError if it is required."""
-    try:
-        return row.names[_positions(path, layout, read_options, row, with_label=True).labels[0]]
-    except UserError:
-        if is_required:
-            raise
-        return None
+def label_name(path: Path, read_options: ReadOptions, is_required: bool = False) -> str | None:
+    """Return the name of the label column in a file's first row; None if there is none, or UserError if required."""
+    layout = find_layout(path, read_options)
+    with contextlib.suppress(*(() if is_required else (UserError,))):
+        for row in itertools.islice(read_source(path, layout), 1):
+            return row.names[_positions(path, layout, read_options, row, with_label=True).labels[0]]
+    return None
 
 
 def _position(path: Path, layout: Layout, source: SourceRow, with_label: bool, option: str, *wanted: str) -> int:
@@ -386,19 +386,9 @@ def inspect(path: Path, read_options: ReadOptions, with_label: bool = True) -> I
     return Inspection(layout, rows, problems, labels)
 
 
-def has_columns(path: Path, read_options: ReadOptions) -> bool:
-    """Whether the first row of a file has a text and a label column."""
-    layout = find_layout(path, read_options)
-    first = next(read_source(path, layout), None)
-    try:
-        return first is not None and bool(_positions(path, layout, read_options, first, with_label=True))
-    except UserError:
-        return False
-
-
 def has_labels(path: Path, read_options: ReadOptions) -> bool:
     """Whether a file has a text and a label column, and any label."""
-    return has_columns(path, read_options) and not inspect(path, read_options).is_unlabelled
+    return label_name(path, read_options) is not None and not inspect(path, read_options).is_unlabelled
 
 
 def check_text(text: str, where: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from sst2_xlmr.config import Config, named_file, plain_name
 from sst2_xlmr.data.batches import splitmix64
 from sst2_xlmr.data.formats import or_list
-from sst2_xlmr.data.rows import has_columns, read_options_for
+from sst2_xlmr.data.rows import label_name, read_options_for
 from sst2_xlmr.util import downloads
 from sst2_xlmr.util.errors import UserError
 
@@ -59,7 +59,7 @@ def find_files(config: Config, quiet: bool = False) -> tuple[dict[str, list[Path
         name = plain_name(file)
         files[name if name not in (*files, "dev", "mean") else str(file)] = [file]
     tests = find_split(folder, "test", is_needed=False) if folder and not config.test_file else []
-    if tests and has_columns(tests[0], read_options_for(config, "test")):
+    if tests and label_name(tests[0], read_options_for(config, "test")) is not None:
         files["test"] = tests
     elif tests:  # like GLUE's
         notes.append(f"{tests[0].name} lacks a text or label column: unlabelled, not evaluated")

@@ -30,7 +30,7 @@ from sst2_xlmr.util.files import digest_of, scratch_folder
 
 TOKENIZER_THREADS = 4  # more would wait for rows, which are read in Python
 _CHUNK_ROWS = 1000
-_PER_ROW = ("starts", "lengths", "labels", "text_digests", "is_cut", "lines", "weights")
+_PER_ROW = ("starts", "lengths", "labels", "text_digests", "is_cut", "files", "lines", "weights")
 Arrays = dict[str, np.ndarray]  # by name of a field of `TokenCache`
 
 
@@ -45,11 +45,11 @@ class TokenCache:
     labels: np.ndarray  # [rows, ...], of the task's dtype and shape; int32 [rows], class ids, for a single label
     text_digests: np.ndarray  # uint64 [rows], equal for equal texts (or pairs of texts)
     is_cut: np.ndarray  # bool [rows], whether the row was cut to `max_length`
+    files: np.ndarray  # int32 [rows], the number of each row's file, from 0
     lines: np.ndarray  # int32 [rows], the line of each row in its file, from 1
     vocab_size: int  # the tokenizer's largest id + 1
     digest: str  # SHA-256 of the file, or of the files, hexadecimal
-    rows_of_files: list[int]  # the number of rows in each file
-    weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None for ones
+    weights: np.ndarray | None = None  # fp32 [rows], factors on the rows' losses; None if all are 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -187,25 +187,21 @@ def _tokenize_chunks(rows: Iterator[Row], tokenizer: Tokenizer, task: Task) -> I
 
 
 def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, read_options: ReadOptions, task: Task) -> None:
-    occurs, chunks, rows_of_files = np.zeros(tokenizer.vocab_size, bool), [], [0] * len(paths)
+    occurs, chunks = np.zeros(tokenizer.vocab_size, bool), []
     with (folder / "ids.bin").open("wb") as file:
         for number, path in enumerate(paths):
             for chunk in _tokenize_chunks(read_rows(path, read_options, task), tokenizer, task):
                 ids = chunk.pop("ids")
                 file.write(ids.tobytes())
                 occurs[ids] = True
-                chunks.append(chunk)
-                rows_of_files[number] += len(chunk["lines"])
+                chunks.append({**chunk, "files": np.full(len(chunk["lines"]), number, np.int32)})
     arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     arrays["starts"] = np.cumsum(arrays["lengths"], dtype=np.int64) - arrays["lengths"]
     arrays["distinct_ids"] = np.flatnonzero(occurs).astype(np.int32)
-    if not read_options.weight:
-        del arrays["weights"]
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    counts = {"vocab_size": tokenizer.vocab_size, "rows_of_files": rows_of_files}
-    digests_of_files = {file.name: digest_of(file) for file in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps({"counts": counts, "sha256": digests_of_files}), encoding="utf-8")
+    manifest = {"vocab_size": tokenizer.vocab_size, "sha256": {f.name: digest_of(f) for f in sorted(folder.iterdir())}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _open_cache(folder: Path, digest: str) -> TokenCache:
@@ -215,4 +211,5 @@ def _open_cache(folder: Path, digest: str) -> TokenCache:
         if digest_of(folder / name) != expected:
             raise ValueError(f"{folder / name} is damaged")
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-    return TokenCache(np.memmap(folder / "ids.bin", np.int32, "r"), **arrays, **manifest["counts"], digest=digest)
+    ids = np.memmap(folder / "ids.bin", np.int32, "r")
+    return TokenCache(ids, **arrays, vocab_size=manifest["vocab_size"], digest=digest)

@@ -3,8 +3,6 @@
 Every row counts once, and metrics are computed from all ranks' results (see task.py) in the file's order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -27,19 +25,17 @@ from sst2_xlmr.util.errors import Interrupted
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's results on a file's rows, in the file's order, the same on every rank."""
+    """A model's logits for a file's rows, in the file's order, the same on every rank, and what follows from them."""
 
-    metrics: dict[str, Any]
-    results: np.ndarray  # fp32 [rows, ...], see `SingleLabel.row_results`
+    logits: torch.Tensor  # fp32 [rows, outputs], on the CPU
     probabilities: np.ndarray  # fp32 [rows, outputs]
+    results: np.ndarray  # fp32 [rows, ...], see `SingleLabel.row_results`
+    metrics: dict[str, Any]
 
-    def recomputed(self, temperature: float, task: Task, labels: np.ndarray) -> Evaluation:
-        """Return the evaluation with the logits divided by a temperature, and the task's thresholds."""
-        if temperature == 1:
-            return Evaluation(task.metrics(self.results, labels), self.results, self.probabilities)
-        results = task.results_of(self.probabilities, labels, temperature)
-        logits = torch.from_numpy(task.logits_of(self.probabilities) / temperature)
-        return Evaluation(task.metrics(results, labels), results, task.probabilities(logits).float().numpy())
+
+def evaluation_of(task: Task, logits: torch.Tensor, labels: np.ndarray) -> Evaluation:
+    results = task.row_results(logits, torch.tensor(labels)).numpy()
+    return Evaluation(logits, task.probabilities(logits).numpy(), results, task.metrics(results, labels))
 
 
 def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, world_size: int = 1) -> Iterator[np.ndarray]:
@@ -115,16 +111,20 @@ def predict(
 
     The model is a classifier or an engine's version of one, in evaluation mode, with the whole vocabulary.
     """
-    starts = np.cumsum(lengths) - lengths
-    probabilities = np.empty((len(lengths), task.outputs), np.float32)
+    if not len(lengths):
+        return np.empty((0, task.outputs), np.float32)
+    logits = outputs_of(model, ids, np.cumsum(lengths) - lengths, lengths, batch_tokens, device)
+    return task.probabilities(logits).numpy()
+
+
+def outputs_of(
+    model: nn.Module, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, batch_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Return the model's outputs for all rows, in their order, fp32 [rows, n]; for the arrays see `select_rows`."""
     batches = list(length_sorted_batches(lengths, batch_tokens))[::-1]  # the longest first, so that all end together
-
-    def compute(rows: np.ndarray) -> torch.Tensor:
-        return task.probabilities(model_logits(model, ids, starts, lengths, rows, device))
-
-    for rows, values in zip(batches, on_all_cores(compute, batches, device)):
-        probabilities[rows] = values.cpu().numpy()
-    return probabilities
+    compute = functools.partial(model_logits, model, ids, starts, lengths, device=device)
+    outputs = torch.cat([part.cpu() for part in on_all_cores(compute, batches, device)])
+    return outputs[torch.from_numpy(np.argsort(np.concatenate(batches)))]
 
 
 def evaluate(
@@ -143,31 +143,25 @@ def evaluate(
     # Each rank takes a part of every batch, perhaps none, so that all have the same number of batches.
     batches = list(length_sorted_batches(cache.lengths, batch_tokens, world.world_size))
 
-    def compute(batch: np.ndarray) -> tuple[torch.Tensor, ...]:
-        rows = batch[world.rank :: world.world_size]
-        if not len(rows):
-            return ()
-        logits = model_logits(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
-        labels = torch.from_numpy(cache.labels[rows]).to(world.device)
-        return task.row_results(logits, labels), task.probabilities(logits)
+    own = [batch[world.rank :: world.world_size] for batch in batches]
 
-    outputs: list[tuple[torch.Tensor, ...]] = []  # they stay on the device, so that no batch waits for a GPU
+    def compute(rows: np.ndarray) -> torch.Tensor:
+        if not len(rows):
+            return torch.empty(0, task.outputs, device=world.device)
+        return model_logits(model, cache.ids, cache.starts, cache.lengths, rows, world.device)
+
+    outputs: list[torch.Tensor] = []  # they stay on the device, so that no batch waits for a GPU
     was_training = model.training
     model.eval()
     try:
-        with contextlib.closing(on_all_cores(compute, batches, world.device)) as computed:
+        with contextlib.closing(on_all_cores(compute, own, world.device)) as computed:
             for output in computed:
                 outputs.append(output)
                 if should_stop():
                     raise Interrupted
     finally:
         model.train(was_training)
-    columns = list(zip(*filter(None, outputs))) or [(), ()]
-    own_part = [torch.cat(column).cpu().numpy() if column else np.empty((0, 0), np.float32) for column in columns]
-    parts = gather_objects(world, own_part)  # rank 0 has rows of every batch
-    results, probabilities = (np.empty((len(cache), array.shape[1]), np.float32) for array in parts[0])
-    for rank, part in enumerate(parts):
-        if len(part[0]):
-            order = np.concatenate([batch[rank :: world.world_size] for batch in batches])
-            results[order], probabilities[order] = part
-    return Evaluation(task.metrics(results, cache.labels), results, probabilities)
+    logits = torch.empty(len(cache), task.outputs)
+    for rows, values in gather_objects(world, (np.concatenate(own), torch.cat(outputs).cpu())):
+        logits[torch.from_numpy(rows)] = values
+    return evaluation_of(task, logits, cache.labels)

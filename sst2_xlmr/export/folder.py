@@ -7,7 +7,7 @@ Markdown with the header that the Hugging Face Hub reads.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -16,7 +16,7 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
-from sst2_xlmr.model.encoders import TOKENIZER_NAME, EncoderFolder
+from sst2_xlmr.model.encoders import SIZES, TOKENIZER_NAME, EncoderFolder
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
 from sst2_xlmr.model.weights import to_hugging_face
 from sst2_xlmr.task import Task
@@ -105,18 +105,13 @@ def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype
 
 def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    shape, names = encoder.shape, encoder.label_names
+    names = encoder.label_names
     assert names is not None
     return {
         "architectures": ["XLMRobertaForSequenceClassification"],
         "model_type": "xlm-roberta",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.ffn,
-        "max_position_embeddings": shape.positions,
-        "layer_norm_eps": shape.layer_norm_eps,
+        **dict(zip(SIZES, astuple(encoder.shape))),
+        "layer_norm_eps": encoder.shape.layer_norm_eps,
         "type_vocab_size": 1,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",

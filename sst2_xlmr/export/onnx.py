@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sst2_xlmr.model.encoders import EncoderFolder, EncoderShape
 from sst2_xlmr.model.roberta import FIRST_POSITION, PAD_ID
+from sst2_xlmr.model.tokenizer import BEGIN, END, UNKNOWN
 from sst2_xlmr.model.tokenizer_files import sentencepiece_model
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.task import Task
@@ -31,7 +32,6 @@ from sst2_xlmr.util.tensors import quantize_weights
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and the format that came with it; onnxruntime 1.17 reads both
 _EXTENSIONS = "ai.onnx.contrib"
 _LARGEST_FILE = 2**31 - (1 << 24)  # bytes: protobuf's limit, less what is not weights
-_BEGIN, _END, _UNKNOWN = 0, 2, 3
 Value = str | np.ndarray
 Weights = Mapping[str, np.ndarray]
 
@@ -159,7 +159,7 @@ def _tokenize(graph: _Graph, texts: str, encoder: EncoderFolder) -> tuple[str, s
     how: dict[str, Any] = {"domain": _EXTENSIONS, "model": sentencepiece_model(encoder.tokenizer_file)}
     pieces, starts = add("SentencepieceTokenizer", texts, *options, outputs=2, **how)
     pieces = add("Cast", pieces, to=TensorProto.INT64)
-    ids = add("Where", add("Equal", pieces, int64(0)), int64(_UNKNOWN), add("Add", pieces, int64(1)))
+    ids = add("Where", add("Equal", pieces, int64(0)), int64(UNKNOWN), add("Add", pieces, int64(1)))
     ids = add("Concat", ids, int64(PAD_ID), axis=0)  # so that there is one, if all texts are empty
     first = add("Slice", starts, int64(0), int64(-1), int64(0))
     lengths = add("Sub", add("Slice", starts, int64(1), int64(2**31), int64(0)), first)
@@ -186,9 +186,9 @@ def _tokenize(graph: _Graph, texts: str, encoder: EncoderFolder) -> tuple[str, s
         source = add("Add", source, add("Where", is_tail, column(overflow), int64(0)))
     last = add("Sub", add("Shape", ids), int64(1))
     words = add("Gather", ids, add("Max", add("Min", source, last), int64(0)))
-    padded = add("Where", add("Equal", places, end), int64(_END), int64(PAD_ID))
+    padded = add("Where", add("Equal", places, end), int64(END), int64(PAD_ID))
     padded = add("Where", add("Less", places, end), words, padded)
-    padded = add("Where", add("Equal", places, int64(0)), int64(_BEGIN), padded)
+    padded = add("Where", add("Equal", places, int64(0)), int64(BEGIN), padded)
     return padded, add("LessOrEqual", places, end), window_weights
 
 

@@ -20,8 +20,8 @@ _TOKENIZER_NAMES += [f"tokenizer/{TOKENIZER_NAME}", JSON_NAME, f"tokenizer/{JSON
 WEIGHTS_NAMES = ["model.safetensors", "pytorch_model.bin"]
 _SETTINGS_NAMES = ["config.json", SETTINGS_NAME, "added_tokens.json", "adapter_config.json"]
 # Keys of config.json, in the order of EncoderShape's fields.
-_SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-_SIZES += ["max_position_embeddings"]
+SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+SIZES += ["max_position_embeddings"]
 # The supported values of other keys, the default first.
 _SUPPORTED = {"hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",), "pad_token_id": (1,)}
 _SUPPORTED |= {"is_decoder": (False,)}
@@ -204,11 +204,11 @@ def _shape(settings: dict[str, Any], file: Path) -> EncoderShape:
             raise UserError(f"{file}: {key} is {value!r}, but only {values[0]!r}, as in XLM-R, is supported")
     if settings.get("quantization_config"):
         raise UserError(f"{file}: the weights are quantized (quantization_config); use the model in fp32 or bf16")
-    for key in _SIZES:
+    for key in SIZES:
         size, largest = settings.get(key), 1_000 if key.startswith("num") else 10_000_000
         if type(size) is not int or not 1 <= size <= largest:  # a larger one is a typo, or an attack on memory
             raise UserError(f"{file}: {key} is {size!r}; a number from 1 to {largest:,} is needed")
-    vocab_size, hidden, layers, heads, ffn, positions = (settings[key] for key in _SIZES)
+    vocab_size, hidden, layers, heads, ffn, positions = (settings[key] for key in SIZES)
     if hidden % heads:
         raise UserError(f"{file}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     epsilon = settings.get("layer_norm_eps", 1e-12)  # transformers' default

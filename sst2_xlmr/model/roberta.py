@@ -102,7 +102,7 @@ class SequenceClassifier(nn.Module):
         self, shape: EncoderShape, outputs: int, dropout: float = 0, head_dropout: float = 0, rows: int | None = None
     ) -> None:
         super().__init__()
-        self.shape, self.outputs = shape, outputs
+        self.shape = shape
         self.autocast = False  # whether to compute in bf16 with fp32 parameters
         self.encoder = Encoder(shape, rows or shape.vocab_size, dropout)
         self.head = Head(shape.hidden, outputs, head_dropout)

@@ -12,7 +12,7 @@ from sst2_xlmr.model.tokenizer_files import added_tokens, sentencepiece_model
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import read_errors
 
-BEGIN, END = 0, 2  # ids of <s> and </s>
+BEGIN, END, UNKNOWN = 0, 2, 3  # ids of <s>, </s> and <unk>
 
 
 class LongTexts(NamedTuple):
@@ -89,7 +89,7 @@ class Tokenizer:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
         ids += 1
-        ids[ids == 1] = 3  # <unk>
+        ids[ids == 1] = UNKNOWN
         return ids, lengths
 
     def _row(self, first: list[int], second: list[int] | None) -> list[int]:

@@ -17,7 +17,6 @@ from sst2_xlmr.util.tensors import LazyTensor, TensorLike
 
 EMBEDDING = "encoder.tokens.weight"
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk>: always kept, so their rows are their ids
-_CHUNK = 1 << 22
 
 
 @dataclass
@@ -68,9 +67,5 @@ class Vocabulary:
 
 def used_vocabulary(id_arrays: Iterable[np.ndarray], size: int) -> Vocabulary:
     """Return the vocabulary of the special ids and of all ids in the integer arrays."""
-    used = np.zeros(size, bool)
-    used[:SPECIAL_IDS] = True
-    for ids in id_arrays:
-        for start in range(0, len(ids), _CHUNK):  # a memory-mapped array may be larger than memory
-            used[ids[start : start + _CHUNK]] = True
-    return Vocabulary(torch.from_numpy(np.flatnonzero(used)), size)
+    ids = np.unique(np.concatenate([np.arange(SPECIAL_IDS), *id_arrays]))
+    return Vocabulary(torch.from_numpy(ids), size)

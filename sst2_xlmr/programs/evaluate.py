@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         with write_errors(arguments.tensorboard), open_events(arguments.tensorboard) as writer:
             for name, cache in caches.items():
                 add_scalars(writer, 0, name, {key: metrics[name][key] for key in task.tensorboard_metrics})
-                draw_evaluation(writer, 0, name, splits[name], cache.labels, evaluations[name].probabilities, task)
+                draw_evaluation(writer, 0, name, splits[name], cache.labels, evaluations[name], task)
     lines = evaluation_table(task, metrics)
     for name, cache in caches.items():
         lines += class_lines(name, task, evaluations[name].results, cache.labels)

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     options.check_output("--output-dir", output_dir, makes_parents=True)
     read_options = read_options_for(arguments)
     layout, rows = find_layout(path, read_options), list(read_rows(path, read_options, None))
-    label = label_name(path, layout, read_options, rows[0].source, is_required="label_column" in arguments)
+    label = label_name(path, read_options, is_required="label_column" in arguments)
     if label is None:
         say("note       no label column: the rows are drawn at random, not by class; name it with --label-column")
     are_free, splits = np.ones(len(rows), bool), {}

@@ -25,7 +25,7 @@ from sst2_xlmr.data.prepare import inspect_splits, prepare
 from sst2_xlmr.data.rows import Row, texts_of
 from sst2_xlmr.data.splits import assign_folds, find_files
 from sst2_xlmr.data.token_cache import TokenCache, text_digests
-from sst2_xlmr.evaluation.evaluate import length_sorted_batches, model_logits, on_all_cores
+from sst2_xlmr.evaluation.evaluate import outputs_of
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.predictor import Classifier
 from sst2_xlmr.programs import options, study_runs
@@ -67,11 +67,8 @@ def linear_probe(config: Config) -> float:
     model = prediction_model(classifier.requires_grad_(False).eval().to(device))
 
     def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
-        """Return the features of some rows, in ascending order, fp32 [rows, hidden], on the CPU."""
-        order = [rows[batch] for batch in length_sorted_batches(cache.lengths[rows], config.eval_batch_tokens)]
-        compute = functools.partial(model_logits, model, cache.ids, cache.starts, cache.lengths, device=device)
-        features = torch.cat([part.cpu() for part in on_all_cores(compute, order, device)])
-        return features[torch.from_numpy(np.argsort(np.concatenate(order)))]
+        starts, lengths = cache.starts[rows], cache.lengths[rows]
+        return outputs_of(model, cache.ids, starts, lengths, config.eval_batch_tokens, device)
 
     train, dev = inputs.caches["train"], inputs.caches["dev"]
     rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MAX_PROBE_ROWS])

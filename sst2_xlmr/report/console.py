@@ -23,7 +23,6 @@ from sst2_xlmr.report.tables import evaluation_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.run_folder import drop_metrics
-from sst2_xlmr.training.schedule import Schedule
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
 from sst2_xlmr.util.device import used_memory_gb
@@ -33,12 +32,11 @@ from sst2_xlmr.util.files import disk_errors, write_errors
 
 
 def header_lines(
-    inputs: Inputs, state: TrainState, optimizer: AdamW, fallback_reason: str, world: World, head_is_new: bool
+    inputs: Inputs, state: TrainState, steps: int, optimizer: AdamW, fallback_reason: str, world: World, new_head: bool
 ) -> list[str]:
     """Return the lines on inputs, model, schedule and hardware; `fallback_reason` is `training_backend`'s."""
     config, processes = inputs.config, world.world_size
-    total_steps = Schedule(config, state.batches_per_epoch, state.eval_every).total_steps
-    head = f"{'new' if head_is_new else 'its own'} head for {listed(inputs.task.label_names)}"
+    head = f"{'new' if new_head else 'its own'} head for {listed(inputs.task.label_names)}"
     at_most = f" (at most {config.micro_batch_size} a pass)" if config.micro_batch_size else ""
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' if config.epochs != 1 else ''}, "
     batches = f"{state.batches_per_epoch:,} an epoch, of {config.batch_size} rows{at_most}"
@@ -65,7 +63,7 @@ def header_lines(
         f"rows       {describe_rows(inputs)}",
         *lines_of(inputs),
         *data_report(inputs),
-        f"batches    {batches}; {epochs}{total_steps:,} steps, evaluation {evaluation}",
+        f"batches    {batches}; {epochs}{steps:,} steps, evaluation {evaluation}",
         f"device     {device}; {option}{names.get(state.precision, state.precision)}; {backend}",
     ]
 
@@ -133,10 +131,9 @@ class Report:
     def log_evaluation(self, step: int, split: str, evaluation: Evaluation, task: Task | None = None) -> None:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
-            inputs, outputs = self._inputs, evaluation.probabilities
-            rows, labels = inputs.splits[split], inputs.caches[split].labels
+            rows, labels = self._inputs.splits[split], self._inputs.caches[split].labels
             with disk_errors(f"events to {self._events.log_dir}"):
-                tensorboard.draw_evaluation(self._events, step, split, rows, labels, outputs, task)
+                tensorboard.draw_evaluation(self._events, step, split, rows, labels, evaluation, task)
         scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}
         self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
 

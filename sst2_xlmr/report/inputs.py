@@ -52,7 +52,8 @@ def lines_of(inputs: Inputs) -> list[str]:
             if text := description(path, file.layout, split.read_options, file.rows):
                 lines.append(f"read as    {text}")
         if len(split.files) > 1 and name in inputs.caches and (name == "train" or split.source_rows is None):
-            counts = zip(split.files, inputs.caches[name].rows_of_files)
+            cache = inputs.all_training_rows if name == "train" else inputs.caches[name]
+            counts = zip(split.files, np.bincount(cache.files, minlength=len(split.files)))
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
     for name in ("train", "dev"):
         lines.append(f"classes    {name}: {inputs.task.describe_labels(inputs.caches[name].labels)}")

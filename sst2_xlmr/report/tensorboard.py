@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from sst2_xlmr.config import GROUPS, Config
 from sst2_xlmr.data.prepare import Split
+from sst2_xlmr.evaluation.evaluate import Evaluation
 from sst2_xlmr.task import Task
 
 CURVES = 10
@@ -79,16 +80,12 @@ def add_scalars(writer: SummaryWriter, step: int, group: str, values: dict[str, 
 
 
 def draw_evaluation(
-    writer: SummaryWriter, step: int, name: str, split: Split, labels: np.ndarray, outputs: np.ndarray, task: Task
+    writer: SummaryWriter, step: int, name: str, split: Split, labels: np.ndarray, evaluation: Evaluation, task: Task
 ) -> None:
-    """Write a split's confusion matrix (a scatter plot of scores), precision-recall curves, and the worst mistakes.
-
-    `outputs` are probabilities, float32 [rows, outputs]. Step 0: a model evaluated after training.
-    """
-    results = task.results_of(outputs, labels)
-    confusion = task.confusion(results, labels)
+    """Write the plots, curves and worst mistakes of an evaluation; step 0: of a model evaluated after training."""
+    outputs, confusion = evaluation.probabilities, task.confusion(evaluation.results, labels)
     if find_spec("matplotlib"):
-        best = f"{task.best_metric} {task.metrics(results, labels)[task.best_metric]:.4f}"
+        best = f"{task.best_metric} {evaluation.metrics[task.best_metric]:.4f}"
         title = f"{name}{f', step {step:,}' if step else ''}: {best}, {len(labels):,} rows"
         if confusion.size:
             kind, plot = "confusion", confusion_plot(confusion, task.label_names, title)
