@@ -197,7 +197,7 @@ def _check_outputs(config: Config, resume: bool) -> None:
         try:
             if name == "output_dir" and not resume and folder.exists():
                 files = folder.iterdir() if folder.is_dir() else [folder]
-                if not all(is_scratch(file) or file.name == LOCK_NAME for file in files):  # of a start that was killed
+                if not all(is_scratch(file) or file.name == LOCK_NAME for file in files):  # leftovers of a killed start
                     fix = "continue it with --resume or choose another directory"
                     raise UserError(f"--output-dir {folder} already exists; {fix}")
             parent = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())

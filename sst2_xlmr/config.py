@@ -1,4 +1,4 @@
-"""Every option of train.py, declared once: type, default, unit, help, and a check that runs before anything is loaded.
+"""The options of train.py, declared once (all but --config and --resume): type, default, unit, help, and a check.
 
 `cli.parse_args` fills a `Config`. This module imports neither torch nor anything else that is slow.
 """
@@ -27,7 +27,7 @@ TEXT_OPTIONS = ("text_column", "text_pair_column", "format", "delimiter", "quoti
 COLUMN_OPTIONS = (*TEXT_OPTIONS, "label_column", "label_columns", "drop_unusable")
 EVAL_BATCH_TOKENS = 2048
 SHORTEST_PAIR = 6  # <s> a </s></s> b </s>, one token of each text
-TASKS = ("auto", "single-label", "multi-label", "regression")
+TASK_NAMES = ("auto", "single-label", "multi-label", "regression")
 LONG_TEXTS = ("cut", "head-tail", "windows")
 COLUMN_KEYS = ("text", "pair", "label", "weight", "format", "delimiter", "quoting", "encoding")
 FORMATS = {  # format -> its description in the header; empty for tables, which are described by their delimiter
@@ -210,7 +210,9 @@ class Config:
     label_columns: list[str] | None = optional("NAME|N: one column per label, instead of --label-column")
     label_delimiter: str | None = optional("TEXT: text between several labels in a cell (default: , ; or |)")
     weight_column: str | None = optional("NAME|N: column with a training row's weight in the loss (0: left out)")
-    task: str = option("auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASKS))
+    task: str = option(
+        "auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASK_NAMES)
+    )
     columns: list[str] = option([], "SPLIT:KEY=VALUE,...: options of one split: dev:label=gold", _check_columns)
     format: str | None = optional(f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
     delimiter: str | None = optional("NAME: tab, comma, semicolon, bar or other (default: detected)", _check_delimiter)
@@ -245,7 +247,9 @@ class Config:
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
     class_weights: str | None = optional("balanced|W0,W1,...: loss weight of each class", _check_class_weights)
-    threshold_for: str | None = optional("f1|precision=P|recall=R: aim of the labels' thresholds", _check_threshold)
+    threshold_for: str | None = optional(
+        "f1|precision=P|recall=R: aim of the thresholds (default: f1)", _check_threshold
+    )
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
 

@@ -67,8 +67,8 @@ class Run:
         self.model, self.ddp_model, self.optimizer, self.fallback_reason = backend
         self.meter, self.stop_request = TrainMeter(world), StopRequest(world)
         self.background_writer = BackgroundWriter()
-        self.contents: CheckpointContents = state, self.meter, self.optimizer, self.vocabulary
-        self.baseline = self.task.baseline_loss(labels, weights)
+        self.checkpoint_contents: CheckpointContents = state, self.meter, self.optimizer, self.vocabulary
+        self.baseline_loss = self.task.baseline_loss(labels, weights)
         self.metrics: dict[str, dict[str, Any]] = {}  # by split: those of its last evaluation
         self.eval_splits, metric = config.eval_splits, self.task.best_metric
         # best/ has the best `best_metric` on `best_split` (a split, or "mean" of all).
@@ -80,7 +80,7 @@ class Run:
         self.memory_fix = f"rerun with --micro-batch-size {half} or less"
 
     def write_report(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Call a method of `Report` on rank 0's; all ranks raise its UserError."""
+        """Call a method of rank 0's `Report`; if it raises UserError, every rank does."""
         on_rank0(self.world, lambda: write(self.report, *arguments) if self.report else None)
 
     def say(self, text: str) -> None:
@@ -88,25 +88,24 @@ class Run:
             self.report.say(text)
 
     def is_nonfinite(self, grad_norm: torch.Tensor) -> bool:
-        """Whether the gradient is not finite. Asking synchronizes a GPU, so without --skip-nonfinite the meter does."""
+        """Whether the gradient is not finite; on a GPU, asking waits for the step, so only with --skip-nonfinite."""
         is_asked = self.world.device.type == "cpu" or self.config.skip_nonfinite > 0
         return is_asked and not grad_norm.isfinite()
 
-    def skip(self) -> None:
-        """Skip a batch whose gradient is not finite; UserError after more than --skip-nonfinite in a row."""
-        state, rows = self.state, next(self.loader.global_batches(self.state.epoch, self.state.batch))
-        self.advance(skipped=True)
-        if state.skipped_in_row > self.config.skip_nonfinite:
+    def check_skipped(self) -> None:
+        """Say that this batch is skipped; UserError if it is one more in a row than --skip-nonfinite allows."""
+        state, skipped = self.state, self.state.skipped_in_row + 1
+        if skipped > self.config.skip_nonfinite:
+            rows = next(self.loader.global_batches(state.epoch, state.batch))
             if (source_rows := self.inputs.splits["train"].source_rows) is not None:
                 rows = source_rows[rows]
             places = ", ".join(self.inputs.place_of("train", int(row)) for row in rows[:50])
-            last = f" (the last of {state.skipped_in_row} in a row)" if state.skipped_in_row > 1 else ""
-            where = f"step {state.step}{last}, training rows of this batch: {places}"
+            last = f" (the last of {skipped} in a row)" if skipped > 1 else ""
+            where = f"step {state.step + 1}{last}, training rows of this batch: {places}"
             raise_on_all(f"the gradient is not finite at {where}: {NOT_FINITE_FIX}")
-        self.optimizer.clear_gradients()
-        self.say(f"step {state.step:>6}  gradient is not finite: batch skipped")
+        self.say(f"step {state.step + 1:>6}  gradient is not finite: batch skipped")
 
-    def advance(self, skipped: bool = False) -> None:
+    def advance(self, skipped: bool) -> None:
         """Move on to the next global batch, and the progress bar with it."""
         self.state.advance(skipped)
         if self.report:
@@ -117,7 +116,7 @@ class Run:
         if rows := self.meter.totals["rows"]:
             entry = self.meter.flush(self.state, self.schedule.lr(self.state.step - 1))
             self.write_report(Report.log_training, entry)
-            check_progress(self.state, entry["loss"], rows, self.baseline, self.schedule.warmup_steps)
+            check_progress(self.state, entry["loss"], rows, self.baseline_loss, self.schedule.warmup_steps)
 
     def evaluate_if_due(self) -> None:
         """Evaluate, and check for a collapse, if that is due at this step; raises Collapsed if there is one."""
@@ -224,7 +223,7 @@ class Run:
         """Write a checkpoint. Sync metrics.jsonl first, so that a resumed run finds every earlier line."""
         self.write_report(Report.sync)
         folder = self.folder / "checkpoints"
-        saved = save_checkpoint(folder, self.contents, self.config, self.world, self.background_writer)
+        saved = save_checkpoint(folder, self.checkpoint_contents, self.config, self.world, self.background_writer)
         self.saved_step = self.state.step
         if saved:
             size, waited_s = saved

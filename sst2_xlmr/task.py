@@ -2,7 +2,7 @@
 
 There are three: one of several classes, any number of labels, a score. No other module computes softmax, argmax or
 accuracy, or knows a task by name; they call methods of `Task`. To add a task, write a class with the same methods and
-add it to `Task` and `TASKS`, and its name to `config.TASKS`.
+add it to `Task` and `TASKS`, to the functions below that choose one, and its name to `config.TASK_NAMES`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fine-tune XLM-R for text classification; the loop is `train`.
 
-Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> checkpoint -> model folder.
+Data flow: files -> rows -> ids -> global batches -> model -> loss -> step -> checkpoints and model folder.
 """
 
 if __name__ == "__main__":  # torchrun -m sst2_xlmr.train: report missing packages before an import below fails
@@ -23,7 +23,7 @@ from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Inputs, prepare
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.report.console import Report, header_lines
-from sst2_xlmr.report.inputs import as_json, check_lines, data_report, describe_rows, lines_of
+from sst2_xlmr.report.inputs import as_json, example_lines, data_report, describe_rows, input_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import LOWER_IS_BETTER
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -40,24 +40,27 @@ FIXED_INPUTS = ("training rows", "file dev", "tokenizer", "encoder's weights")  
 
 
 def train(run: Run) -> None:
-    """Train until the schedule or early stopping ends the run; raises Interrupted or Collapsed."""
+    """Train until the schedule or early stopping ends the run.
+
+    Raises Interrupted, Collapsed, or UserError for gradients that are not finite.
+    """
     state, schedule = run.state, run.schedule
     run.ddp_model.train()
     for micro_batches in run.loader.starting_at(state.epoch, state.batch):  # global batches, epoch after epoch
         if schedule.is_over(state):
             break
         sums = forward_backward(run.ddp_model, micro_batches, run.task.loss, run.world)  # 1. the mean gradient
-        grad_norm = run.optimizer.clip(run.config.max_grad_norm)
-        if run.is_nonfinite(grad_norm):  # 2. one step, unless this batch is skipped
-            run.skip()
+        grad_norm = run.optimizer.clip_grad_norm(run.config.max_grad_norm)
+        if skipped := run.is_nonfinite(grad_norm):  # 2. one step, unless this batch is skipped
+            run.check_skipped()
         else:
-            run.optimizer.step(schedule.lr(state.step))  # and clear the gradients
-            run.vocabulary.decay_unused_rows(schedule.lr(state.step))
+            run.optimizer.step(lr := schedule.lr(state.step))
+            run.vocabulary.decay_unused_rows(lr)
             run.meter.add(sums, grad_norm, micro_batches)
-            run.advance()
-        due = schedule.due(state)  # 3. log, evaluate, save
-        stop = run.stop_request.vote()  # a collective, so every rank calls it after every step
-        if due or stop:
+        run.optimizer.zero_grad()
+        run.advance(skipped)
+        due, stop = schedule.due(state), run.stop_request.vote()  # a vote is a collective, so it is taken every step
+        if due or stop:  # 3. log, evaluate, save
             run.meter.reduce(state.step)
             if "log" in due:
                 run.log()
@@ -84,18 +87,18 @@ def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]
 
 
 def initial_state(inputs: Inputs, digests: dict[str, str], world: World) -> TrainState:
-    """Return a new run's state, with precision (rank 0's choice) and evaluation interval if they are automatic."""
-    config, train, eval_every = inputs.config, inputs.caches["train"], inputs.config.eval_every
+    """Return a new run's state; resolves `--precision auto`, as on rank 0, and the default of --eval-every."""
+    config, rows, eval_every = inputs.config, inputs.caches["train"], inputs.config.eval_every
     precision = broadcast(world, choose_precision(config.precision, world.device))
-    batches = math.ceil(len(train) / config.batch_size)
+    batches = math.ceil(len(rows) / config.batch_size)
     if eval_every is None:
         eval_tokens = sum(int(inputs.caches[split].lengths.sum()) for split in config.eval_splits)
-        eval_every = evaluation_interval(batches, int(train.lengths.sum()), eval_tokens)
+        eval_every = evaluation_interval(batches, int(rows.lengths.sum()), eval_tokens)
     return TrainState(batches, precision, eval_every, digests)
 
 
 def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path | None]:
-    """Claim the run's folder and build the run, restored from its newest checkpoint if any; returns both."""
+    """Lock the run's folder, build the run, and restore its newest checkpoint, if any; returns run and checkpoint."""
     folder = Path(broadcast(world, config.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
     lock = checkpoint = None
     if resume:
@@ -111,7 +114,7 @@ def prepare_run(config: Config, resume: bool, world: World) -> tuple[Run, Path |
     # A new run's folder is created only now, so that wrong input leaves nothing behind.
     run.lock = lock if resume else on_rank0(world, lambda: lock_run_folder(folder))
     if checkpoint:
-        load_checkpoint(checkpoint, run.contents, config.seed, world)
+        load_checkpoint(checkpoint, run.checkpoint_contents, config.seed, world)
         run.saved_step = state.step
     on_rank0(world, lambda: write_config(folder, config, is_new=not resume))  # from here on, --resume works
     return run, checkpoint
@@ -187,7 +190,7 @@ def describe_inputs(config: Config, world: World) -> None:
     inputs, _ = prepare_inputs(config, world)
 
     def write() -> None:
-        lines = [*lines_of(inputs), *data_report(inputs), *check_lines(inputs)]
+        lines = [*input_lines(inputs), *data_report(inputs), *example_lines(inputs)]
         say("\n".join([f"rows       {describe_rows(inputs)}", *lines]))
         path = Path(str(config.check))
         with write_errors(path):

@@ -12,7 +12,7 @@ import numpy as np
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.containers import source_digest
 from sst2_xlmr.data.rows import Inspection, ReadOptions, Row, check_splits, read_options_for, read_rows
-from sst2_xlmr.data.splits import DEFAULT_SHARE, MOST_ROWS, find_files, stratified_sample
+from sst2_xlmr.data.splits import DEFAULT_SHARE, MAX_DEV_ROWS, find_files, stratified_sample
 from sst2_xlmr.data.token_cache import TokenCache, cached_inspection, find_duplicates, tokenize_files
 from sst2_xlmr.labels import MISSING
 from sst2_xlmr.model import encoders
@@ -151,14 +151,14 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
     encoders.check_tokenizer(encoder, all_rows.vocab_size)
     is_kept = np.ones(len(all_rows), bool)  # [rows], whether to train on a row
     if "dev" not in caches:
-        share = config.dev_share or min(DEFAULT_SHARE, MOST_ROWS / len(all_rows))
+        share = config.dev_share or min(DEFAULT_SHARE, MAX_DEV_ROWS / len(all_rows))
         rows = stratified_sample(all_rows.text_digests, task.strata(all_rows.labels), share, config.seed)
         if not len(rows):
             raise UserError(f"{len(all_rows):,} training rows are too few to set dev aside; name a --dev-file")
         is_kept[rows] = False
         caches = {"train": all_rows, "dev": all_rows.part(rows), **caches}
-        note = f"{len(rows):,} of {len(all_rows):,} training rows, set aside as dev, stratified by class"
-        note += "; --dev-file uses another file"
+        note = f"{len(rows):,} of the {len(all_rows):,} training rows are set aside as dev, stratified by class"
+        note += "; name another file with --dev-file"
         dev = replace(splits["train"], dropped=Counter(), notes=[note], source_rows=rows)
         splits = {"train": splits["train"], "dev": dev, **splits}
     others = {name: cache.text_digests for name, cache in caches.items() if name != "train"}

@@ -35,7 +35,7 @@ Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first l
 Checked = tuple[SourceRow, str, Any, Any, Any, float]  # see `_rows_with_problems`
 _UNUSABLE = re.compile("[\ud800-\udfff\0]")
 _CHUNK_CHARACTERS = 1 << 20
-_MOST_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
+_MAX_LABELS = 20_000  # no further distinct labels are counted; classes are far fewer
 
 
 class Row(NamedTuple):
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def read_options_for(options: argparse.Namespace | Config, split: str = "") -> ReadOptions:
-    """Return how the options, if there, say that a split is read; only training rows have weights."""
+    """Return how a split is read: by the options that are given, overridden by --columns; only train has weights."""
     given = {name: value for name, value in vars(options).items() if name in COLUMN_OPTIONS}
     text, labels = tuple(given.pop("text_column", None) or ()), tuple(given.pop("label_columns", None) or ())
     pair, label = given.pop("text_pair_column", None), given.pop("label_column", "label")
@@ -82,8 +82,8 @@ def check_pairs(model: Path, pair: str | None, fix: str) -> None:
     file = model / "config.json"
     takes_pairs = read_json(file, "a model folder is needed").get("text_pairs") if file.is_file() else None
     if takes_pairs is not None and takes_pairs != (pair is not None):
-        trained = "pairs of texts; name the second column, too" if takes_pairs else "single texts; leave out"
-        raise UserError(f"{model} was trained on {trained}: {fix}")
+        trained = "pairs of texts; name the second column, too, with" if takes_pairs else "single texts; leave out"
+        raise UserError(f"{model} was trained on {trained} {fix}")
 
 
 class Positions(NamedTuple):
@@ -278,7 +278,7 @@ def read_rows(path: Path, read_options: ReadOptions, task: Task | None) -> Itera
                 label = labels[key]
             else:
                 label = task.read_label(cell, f"{path}, line {source.line}")
-                if len(labels) < _MOST_LABELS:
+                if len(labels) < _MAX_LABELS:
                     labels[key] = label
             problem = NO_LABEL if label is None else ""
         if not problem:
@@ -381,7 +381,7 @@ def inspect(path: Path, read_options: ReadOptions, with_label: bool = True) -> I
             label = cell if isinstance(cell, str) and cell in labels else label_text(cell)
             if label in labels:
                 labels[label][0] += 1
-            elif len(labels) < _MOST_LABELS:
+            elif len(labels) < _MAX_LABELS:
                 labels[label] = [1, source.line]
     return Inspection(layout, rows, problems, labels)
 

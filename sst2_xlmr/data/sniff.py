@@ -203,10 +203,10 @@ def _parsed(lines: list[str], delimiter: str, quoting: str, is_whole: bool) -> l
 
 
 def _is_quoted(lines: Iterable[str], delimiter: str, quoting: str) -> bool:
-    """Whether quotation marks are CSV's, not text: all cells that begin with one are well-formed, and some need them.
+    """Whether quotation marks quote cells, and are not text: GLUE's sentences may begin with a literal one.
 
-    They do if a quoted cell contains a quote, a delimiter or a line end, if a whole column is quoted, or if exactly the
-    cells with commas or quotes are, as Excel does it even between tabs. GLUE's sentences may begin with a literal one.
+    Every cell that begins with one must be well-formed; and a quoted cell must contain a quote, a delimiter or a line
+    end, or a whole column be quoted, or exactly the cells with commas or quotes, as Excel does it even between tabs.
     """
     quote, record = QUOTES[quoting], []  # the lines of the current row
     escape, escaped = ("\\", '\\"') if quoting == "backslash" else (quote, quote)

@@ -17,7 +17,7 @@ _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<dev>dev|validation|val|valid)|(?P<test>test|testing))"
     rf"(?:-00000-of-[0-9]+)?(?:_text(?=\.txt))?(?:\.ft)?(?:\.(?:{'|'.join(_EXTENSIONS)})(?:\.gz|\.zip)?)?"
 )
-DEFAULT_SHARE, MOST_ROWS = 0.1, 5000  # of dev, if it is set aside from the training rows
+DEFAULT_SHARE, MAX_DEV_ROWS = 0.1, 5000  # of dev, if it is set aside from the training rows
 
 
 def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Token cache on disk: ids, labels and text digests of a file's rows, computed once per content of the file."""
+"""Token cache on disk: ids, labels and text digests of a file's rows, computed once per version of the file."""
 
 from __future__ import annotations
 

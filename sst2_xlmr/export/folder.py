@@ -14,6 +14,7 @@ from typing import Any
 
 from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
+from sst2_xlmr.data.rows import PHRASES
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import SIZES, TOKENIZER_NAME, EncoderFolder
@@ -130,9 +131,9 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
 
 
 def card_text(
-    config: Config, task: Task, state: TrainState, rows: Mapping[str, int], evaluations: Metrics, is_best: bool = False
+    config: Config, task: Task, state: TrainState, rows: Iterable[str], evaluations: Metrics, is_best: bool = False
 ) -> str:
-    """Return a model card; rows and metrics are by split, and `is_best` says that dev chose these weights."""
+    """Return a model card; `rows` says how many there are, and `is_best` that dev chose these weights."""
     encoder, names, results = _HUB_NAMES.get(config.encoder, Path(config.encoder).name), task.label_names, []
     eval_files = [str(named_file(value)[1]) for value in config.eval_file]
     files = [config.data_dir, *config.train_file, config.dev_file, *eval_files, *config.test_file]
@@ -146,7 +147,7 @@ def card_text(
         results.append({"task": {"type": "text-classification"}, "dataset": dataset, "metrics": scores})
     # From this line of the header (JSON is also YAML), the Hub shows the metrics.
     index = json.dumps([{"name": f"{encoder}-classifier", "results": results}], ensure_ascii=False)
-    settings = []  # that affect the result: those that --resume may change do not
+    settings = []  # only those that affect the result, which are those that --resume may not change
     for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["training"], "precision"):
         value = getattr(config, name)
         if value is not None and not OPTIONS[name].metadata["changeable"]:
@@ -165,7 +166,7 @@ def card_text(
         classes=", ".join(names) if len(names) <= 10 else f"{len(names):,} classes",
         encoder=encoder,
         steps=f"{state.step:,}",
-        rows=", ".join(f"{count:,} rows {Path(split).name}" for split, count in rows.items()),
+        rows=", ".join(rows),
         files=", ".join(Path(file).name for file in files if file) or "SST-2 of the GLUE benchmark",
         metrics=_lines(table),
         remarks=remarks,
@@ -205,10 +206,10 @@ def export_run(
         long_texts=long_texts_of(config),
         thresholds=task.thresholds,
     )
-    rows = {split: len(cache) for split, cache in inputs.caches.items()}
+    rows = [f"{len(cache):,} {Path(name).name} rows" for name, cache in inputs.caches.items()]
     for name, split in inputs.splits.items():
-        rows |= {f"{kind} left out of {name}": count for kind, count in split.dropped.items()}
-    own = {name: metrics for name, metrics in evaluations.items() if name in rows}
+        rows += [f"{count:,} {PHRASES[kind]} left out of {name}" for kind, count in split.dropped.items()]
+    own = {name: metrics for name, metrics in evaluations.items() if name in inputs.caches}
     card = card_text(config, task, state, rows, own, is_best=folder.name == "best")
     factor, offset = task.output_scale
     temperature = (state.temperature if config.calibrate else 1.0) / factor

@@ -52,7 +52,7 @@ def task_of(encoder: EncoderFolder) -> Task:
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Skips the initialization of new modules; on the meta device, which has no values, torch imports SymPy for it."""
+    """Skips the initialization of new modules: it is useless on the meta device, and makes torch import SymPy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 _LAYER = "encoder.layers.#"
 # Ours -> transformers' after `roberta.`, torchtext's after `roberta.encoder.transformer.`. torchtext's are those in its
-# downloads, which an older version wrote; their `roberta.` is added as in `_xlmr_name`.
+# downloads, which an older version wrote; `_xlmr_name` adds the prefix `roberta.`.
 _NAMES = {
     "encoder.tokens": ("embeddings.word_embeddings", "token_embedding"),
     "encoder.positions": ("embeddings.position_embeddings", "positional_embedding.embedding"),

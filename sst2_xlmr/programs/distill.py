@@ -125,14 +125,14 @@ def teach(plan: argparse.Namespace, folder: Path, teachers: list[Path]) -> None:
     tqdm.write(f"{folder.name}: {report['texts']:,} unlabelled texts{left_out}; teacher {metrics}", file=sys.stdout)
 
 
-def train_student(plan: argparse.Namespace, round: int, seed: int) -> Trained:
+def train_student(plan: argparse.Namespace, number: int, seed: int) -> Trained:
     """Train a student of a round."""
-    folder = plan.output_dir / f"round-{round}"
+    folder = plan.output_dir / f"round-{number}"
     if seed == plan.seeds[0]:
-        previous = plan.output_dir / (f"round-{round - 1}" if round > 1 else "labelled")
+        previous = plan.output_dir / (f"round-{number - 1}" if number > 1 else "labelled")
         for name, file in plan.evaluated.items():
             write_rows(file, plan.task, plan.rows[name])
-        has_teachers = round == 1 and plan.teachers
+        has_teachers = number == 1 and plan.teachers
         teach(plan, folder, plan.teachers if has_teachers else [previous / f"seed-{n}/model" for n in plan.seeds])
     files = {"train": folder / "train.jsonl", **plan.evaluated}
     return train(study_runs.train_arguments(plan.config, plan.task, files, plan.unlabelled_weight != 1), folder, seed)

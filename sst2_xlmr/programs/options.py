@@ -71,8 +71,8 @@ def add_abstention(add: Add) -> None:
 def add_bounds(add: Add) -> None:
     """Add the bounds for comparing two precisions."""
     percent = number_to(100, "percentage")
-    add("--most-changed", type=percent, default=1.0, metavar="PERCENT", help="labels that may change [1]")
-    add("--most-lost", type=percent, default=0.3, metavar="POINTS", help="points of the metric that may be lost [0.3]")
+    add("--most-changed", type=percent, default=1.0, metavar="PERCENT", help="fail if more predictions change [1]")
+    add("--most-lost", type=percent, default=0.3, metavar="POINTS", help="fail if the main metric loses more [0.3]")
 
 
 def predict(parser: OneLineParser, add: Add) -> None:
@@ -152,7 +152,7 @@ def distill(parser: OneLineParser, add: Add) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder that gets one folder per round")
     add("--seeds", type=seed_list, default=[1], metavar="N,...", help="seeds; one run for each [1]")
     add("--rounds", type=positive, default=1, metavar="N", help="rounds; the students of each teach the next [1]")
-    add("--labelled", default="", metavar="OPTIONS", help="more options for the runs on the labelled rows alone")
+    add("--labelled", default="", metavar="OPTIONS", help="options only for the runs on labelled rows")
     add("--temperature", type=number_to(10, "temperature"), metavar="T", help="divide the teachers' logits by T [1]")
     add("--align-classes", action="store_true", help="give soft labels the class shares of the labelled rows")
     add("--unlabelled-weight", type=weight, default=1.0, metavar="W", help="weight of an unlabelled row's loss [1]")

@@ -85,7 +85,7 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
             message = await receive()
             content += message.get("body", b"")  # none if the client has gone
             if len(content) > MAX_BODY_BYTES:
-                raise RequestError(f"a request may have {MAX_BODY_BYTES:,} bytes", http_status=413)
+                raise RequestError(f"a request may have at most {MAX_BODY_BYTES:,} bytes", http_status=413)
         return content
 
     try:
@@ -99,7 +99,7 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
         raise RequestError(f"texts: a list of 1 to {MAX_TEXTS} texts is needed")
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= MAX_TEXT_CHARACTERS for part in parts):
-        raise RequestError(f"texts: strings of up to {MAX_TEXT_CHARACTERS:,} characters are needed, or pairs of such")
+        raise RequestError(f"texts must be strings of at most {MAX_TEXT_CHARACTERS:,} characters, or pairs of them")
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
         raise RequestError(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir.mkdir()
         for name, numbers in splits.items():
             chosen = [rows[number].source for number in numbers]
-            with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix == '.gz' else ''}") as file:
+            with new_file(output_dir / f"{name}{kind}{'.gz' if path.suffix.lower() == '.gz' else ''}") as file:
                 if kind != ".jsonl" and (layout.header or not layout.delimiter):
                     file.write(row_text(kind, (), chosen[0].names))
                 for source in chosen:

@@ -18,7 +18,7 @@ from sst2_xlmr.evaluation.metrics import mean_of
 from sst2_xlmr.labels import listed
 from sst2_xlmr.model.vocabulary import EMBEDDING
 from sst2_xlmr.report import tensorboard
-from sst2_xlmr.report.inputs import data_report, describe_rows, lines_of
+from sst2_xlmr.report.inputs import data_report, describe_rows, input_lines
 from sst2_xlmr.report.tables import evaluation_table
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.optimizer import AdamW
@@ -41,7 +41,7 @@ def header_lines(
     epochs = "" if config.max_steps else f"{config.epochs:g} epoch{'s' if config.epochs != 1 else ''}, "
     batches = f"{state.batches_per_epoch:,} an epoch, of {config.batch_size} rows{at_most}"
     evaluation = f"every {state.eval_every:,}" if state.eval_every else "after each epoch"
-    backend = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "engine"
+    backend = f"plain PyTorch: slower ({fallback_reason})" if fallback_reason else "CPU engine"
     threads = torch.get_num_threads()
     device = f"CPU with {threads} thread{'s' if threads > 1 else ''}"
     if world.device.type == "cuda":
@@ -61,7 +61,7 @@ def header_lines(
         f"stack      {versions.versions()}",
         f"encoder    {config.encoder}: {size}, {trained / 1e6:,.1f} M trained{few}; {head}",
         f"rows       {describe_rows(inputs)}",
-        *lines_of(inputs),
+        *input_lines(inputs),
         *data_report(inputs),
         f"batches    {batches}; {epochs}{steps:,} steps, evaluation {evaluation}",
         f"device     {device}; {option}{names.get(state.precision, state.precision)}; {backend}",

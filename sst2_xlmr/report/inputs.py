@@ -44,7 +44,7 @@ def left_out_of(dropped: dict[str, int]) -> str:
     return f"left out: {', '.join(f'{count:,} {PHRASES[kind]}' for kind, count in dropped.items())}" if dropped else ""
 
 
-def lines_of(inputs: Inputs) -> list[str]:
+def input_lines(inputs: Inputs) -> list[str]:
     """Return the header's lines: files with an unusual layout, rows per class, and notes on every split."""
     lines = []
     for name, split in inputs.splits.items():
@@ -57,17 +57,17 @@ def lines_of(inputs: Inputs) -> list[str]:
             lines.append(f"files      {name}: {', '.join(f'{path.name} {count:,}' for path, count in counts)}")
     for name in ("train", "dev"):
         lines.append(f"classes    {name}: {inputs.task.describe_labels(inputs.caches[name].labels)}")
-    notes = [f"note       {name}: {note}" for name in inputs.splits for note in notes_of(inputs, name)]
+    notes = [f"note       {name}: {note}" for name in inputs.splits for note in split_notes(inputs, name)]
     return list(dict.fromkeys([*lines, *notes]))  # without repetitions: train and dev may have the same files
 
 
-def notes_of(inputs: Inputs, name: str) -> list[str]:
-    split, absent = inputs.splits[name], [label for label, rows in classes_of(inputs, name).items() if not rows]
+def split_notes(inputs: Inputs, name: str) -> list[str]:
+    split, absent = inputs.splits[name], [label for label, rows in class_counts(inputs, name).items() if not rows]
     notes = [*split.notes, left_out_of(split.dropped), f"no row of class {listed(absent)}" if absent else ""]
     return list(filter(None, notes))
 
 
-def classes_of(inputs: Inputs, name: str) -> dict[str, int]:
+def class_counts(inputs: Inputs, name: str) -> dict[str, int]:
     """Return class -> number of rows."""
     return inputs.task.counts(inputs.caches[name].labels) if name in inputs.caches else {}
 
@@ -135,15 +135,15 @@ def as_json(inputs: Inputs) -> dict[str, dict[str, Any]]:
             "header": layout.header if layout.delimiter or layout.format == "xlsx" else None,
             "rows": rows,
             "dropped": split.dropped,
-            "classes": classes_of(inputs, name),
+            "classes": class_counts(inputs, name),
             "examples": examples_of(inputs, name),
             "truncated": int(cache.is_cut.sum()) if cache else 0,
-            "warnings": notes_of(inputs, name),
+            "warnings": split_notes(inputs, name),
         }
     return result
 
 
-def check_lines(inputs: Inputs) -> list[str]:
+def example_lines(inputs: Inputs) -> list[str]:
     """Return three rows of each split with their labels, as the model sees them."""
     lines = []
     for name in inputs.splits:

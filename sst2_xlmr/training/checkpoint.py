@@ -62,7 +62,7 @@ def save_checkpoint(
             (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
             put_in_place(unfinished, target)
             manifests = sorted(folder.glob("step-????????/manifest.json"))
-            # One after this step is damaged: otherwise, the run would have been resumed from it.
+            # Those of later steps are damaged, or the run would have resumed from them: they do not count.
             older = [file for file in manifests if file.parent < target and not file.parent.is_symlink()]
             for manifest in older[: 1 - config.keep_checkpoints]:
                 manifest.unlink(missing_ok=True)  # first: half-removed, it must not count

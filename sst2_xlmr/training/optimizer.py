@@ -52,7 +52,7 @@ class AdamW:
                 state[kind] = moments[f"{kind}.{name}"].to(parameter.device) if moments else torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def clip(self, max_norm: float) -> torch.Tensor:
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """Clip the averaged gradients' global norm (0: never); returns the unclipped norm, fp32, same on every rank."""
         parameters = list(self._trained.values())
         is_one_node = self._world.world_size == self._world.local_world_size
@@ -67,13 +67,12 @@ class AdamW:
         return norm
 
     def step(self, lr: float) -> None:
-        """Take one step, at this learning rate before layer-wise decay, and clear the gradients."""
+        """Take one step, at this learning rate before layer-wise decay."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self._optimizer.step()
-        self.clear_gradients()
 
-    def clear_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, TensorLike]:

@@ -12,7 +12,7 @@ SCHEDULES = {
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "constant": lambda t: 1.0,
 }
-MOST_EVALUATIONS, EVALUATION_FRACTION = 8, 0.03  # per epoch, without --eval-every
+MAX_EVALUATIONS, EVALUATION_FRACTION = 8, 0.03  # per epoch, without --eval-every
 
 
 def evaluation_interval(batches: int, train_tokens: int, eval_tokens: int) -> int:
@@ -21,7 +21,7 @@ def evaluation_interval(batches: int, train_tokens: int, eval_tokens: int) -> in
     It is an eighth of an epoch, or longer if evaluation would otherwise take more than 3 % of the time; a token in
     training is assumed to cost three times as much as in evaluation. No clock is involved.
     """
-    evaluations = min(MOST_EVALUATIONS, int(EVALUATION_FRACTION * 3 * train_tokens / eval_tokens))
+    evaluations = min(MAX_EVALUATIONS, int(EVALUATION_FRACTION * 3 * train_tokens / eval_tokens))
     return math.ceil(batches / evaluations) if evaluations > 1 else 0
 
 

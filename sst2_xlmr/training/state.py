@@ -23,7 +23,7 @@ class TrainState:
     has_learned: bool = False  # the logged loss was once clearly below the class-prior baseline
     collapse_check_due: bool = False
     checked_step: int = 0  # of the last check for a collapse
-    temperature: float = 1.0  # this and the next two: fitted on dev when a model was last written
+    temperature: float = 1.0  # like the two below: as of the last model written, fitted on dev
     ece_before: float = 0.0  # expected calibration error at temperature 1
     ece_after: float = 0.0
     thresholds: list[float] = field(default_factory=list)  # of the labels, fitted on dev in the last evaluation

@@ -14,7 +14,7 @@ LOADS, SECONDS_BETWEEN = 9, 0.002  # number of counts, of which the median is ta
 def yield_busy_cores(load: Path = Path("/proc/loadavg")) -> None:
     """On a busy machine, let waiting OpenMP threads sleep at once; otherwise they spin first, which is faster.
 
-    On busy cores a spinning thread keeps the thread that it waits for from running. Call this before torch is
+    On busy cores, a spinning thread occupies the core that the thread it waits for needs. Call this before torch is
     imported, as libgomp reads the variable when it is loaded. The user's own settings win.
     """
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

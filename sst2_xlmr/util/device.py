@@ -23,8 +23,8 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
     if local_world_size > torch.cuda.device_count():
-        gpus = f"{torch.cuda.device_count()} GPUs on this node"
-        raise UserError(f"{local_world_size} processes, but {gpus}; start torchrun with --nproc_per_node at most that")
+        count, needed = torch.cuda.device_count(), f"{local_world_size} processes need as many GPUs"
+        raise UserError(f"{needed}, but this node has {count}; start torchrun with --nproc_per_node={count} or less")
     return torch.device("cuda", local_rank)
 
 

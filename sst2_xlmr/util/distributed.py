@@ -108,7 +108,7 @@ def init_distributed(device_name: str, threads: int, timeout_minutes: float) -> 
         lost = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         text = f"rank {rank}: lost contact with another process ({reason}): it exited, or did not respond for"
-        text += f" {timeout_minutes:g} minutes; see its error above, if any; checkpoints are intact: use --resume"
+        text += f" {timeout_minutes:g} minutes; see its error above, if any; what is on disk is intact: use --resume"
         raise UserError(text, on_this_rank=True, status=1) from error
     finally:
         if not lost:  # otherwise it would wait for the lost process

@@ -1,4 +1,4 @@
-"""Errors and output: a user's mistake becomes one line, a bug keeps its traceback, and lost output is tolerated."""
+"""Errors and output: a user's mistake becomes one line, a bug keeps its traceback, a closed output stops nothing."""
 
 import contextlib
 import errno

@@ -13,7 +13,7 @@ from sst2_xlmr.cli import parse_args
 from sst2_xlmr.data.prepare import prepare
 from sst2_xlmr.data.splits import stratified_sample
 from sst2_xlmr.data.token_cache import find_duplicates, text_digests
-from sst2_xlmr.report.inputs import data_report, lines_of
+from sst2_xlmr.report.inputs import data_report, input_lines
 
 HINT = "--drop-duplicates drops them"
 
@@ -133,7 +133,7 @@ def test_rows_are_counted_by_file_where_a_split_has_all_of_them(
 ) -> None:
     files = [str(small_data / "train.tsv"), str(small_data / "dev.tsv")]
     words = train_options(tiny_encoder, small_data, tmp_path / "run", "--train-file", *files, "--dev-share", 0.2)
-    lines = [line for line in lines_of(prepare(parse_args(words)[0])) if line.startswith("files")]
+    lines = [line for line in input_lines(prepare(parse_args(words)[0])) if line.startswith("files")]
     assert lines == ["files      train: train.tsv 50, dev.tsv 20"]
 
 
@@ -158,5 +158,5 @@ def test_dev_is_cut_off_where_there_is_none_or_a_share_is_given(
     assert list(texts.values()) == [lines[at - 1].split("\t")[0] for at in places]
     assert len(rows) == 5 and not inputs.leaks
     assert prepare(parse_args(words)[0]).digests() == inputs.digests() != more.digests()
-    monkeypatch.setattr("sst2_xlmr.data.prepare.MOST_ROWS", 2)
+    monkeypatch.setattr("sst2_xlmr.data.prepare.MAX_DEV_ROWS", 2)
     assert len(prepare(parse_args(words)[0]).caches["dev"]) == 2, "of a large file no more"

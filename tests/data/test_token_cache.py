@@ -117,7 +117,7 @@ def test_several_files_are_one_and_a_part_is_as_if_alone(tiny_encoder: Path, tmp
         file.write_text("text\tlabel\n" + "".join(f"{text} {number}\t{i % 2}\n" for i, text in enumerate(texts)))
     parameters = ((tiny_encoder / "sentencepiece.bpe.model", 20, CUT), ReadOptions(), TASK)
     both, second = tokenize_files(files, *parameters), tokenize_files(files[1:], *parameters)
-    assert (len(both), both.rows_of_files, int(both.is_cut.sum())) == (8, [4, 4], 2)
+    assert (len(both), both.files.tolist(), int(both.is_cut.sum())) == (8, [0] * 4 + [1] * 4, 2)
     part, rows = both.part(np.arange(4, 8)), np.array([3, 0, 2])
     ids, expected = (select_rows(cache.ids, cache.starts, cache.lengths, rows) for cache in (part, second))
     assert [each.tolist() for each in ids] == [each.tolist() for each in expected]
@@ -224,9 +224,9 @@ def check_batches(batches: list[MicroBatch], cache: TokenCache, rows: np.ndarray
 
 def test_loader_goes_on_into_the_next_epoch(cache: TokenCache) -> None:
     config = Config(batch_size=30, micro_batch_size=8, seed=5)
-    loader = BatchLoader(cache, config, world_of(1, 2))
-    served = list(itertools.islice(loader.starting_at(0, len(loader) - 2), 5))
-    places = [(0, len(loader) - 2), (0, len(loader) - 1), (1, 0), (1, 1), (1, 2)]
+    loader, batches_per_epoch = BatchLoader(cache, config, world_of(1, 2)), -(-len(cache) // 30)
+    served = list(itertools.islice(loader.starting_at(0, batches_per_epoch - 2), 5))
+    places = [(0, batches_per_epoch - 2), (0, batches_per_epoch - 1), (1, 0), (1, 1), (1, 2)]
     for batches, (epoch, batch) in zip(served, places):
         check_batches(batches, cache, next(loader.global_batches(epoch, batch))[1::2], 5, epoch)
 

@@ -20,7 +20,7 @@ from sst2_xlmr.data.token_cache import TokenCache
 from sst2_xlmr.evaluation import calibration, metrics
 from sst2_xlmr.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, calibrate
 from sst2_xlmr.evaluation.compare import check_comparison, compare_files
-from sst2_xlmr.evaluation.evaluate import evaluate, length_sorted_batches, on_all_cores
+from sst2_xlmr.evaluation.evaluate import evaluate, evaluation_of, length_sorted_batches, on_all_cores
 from sst2_xlmr.model.classifier import build_classifier
 from sst2_xlmr.model.encoders import find_encoder
 from sst2_xlmr.model.roberta import SequenceClassifier
@@ -58,7 +58,7 @@ def test_agrees_with_one_row_at_a_time(classifier: SequenceClassifier, dev: Toke
     assert found.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     np.testing.assert_allclose(found.results, TASK.row_results(logits, labels), atol=1e-6)
     np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-6)
-    cooler = found.recomputed(2.0, TASK, dev.labels)
+    cooler = evaluation_of(TASK, found.logits / 2, dev.labels)
     np.testing.assert_allclose(cooler.probabilities, (logits / 2).softmax(-1), atol=1e-5)
     np.testing.assert_allclose(cooler.results, TASK.row_results(logits / 2, labels), atol=1e-5)
 

@@ -136,7 +136,7 @@ def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, mo
     assert f"{head}{rows[14, 'dev']}{rows[14, 'other']}\n## Settings" in cards["model"]
     for text in (
         "tiny, fine-tuned with sst2_xlmr for 14 steps",
-        "50 rows train, 20 rows dev, 20 rows other, 1 rows no text left out of train; from data, other.tsv.",
+        "50 train rows, 20 dev rows, 20 other rows, 1 without text left out of train; from data, other.tsv.",
         "| `--lr` | 0.001 |",
         "| `--freeze-encoder` | off |",
         versions.versions(),
@@ -154,18 +154,18 @@ def test_card_of_a_run(run_train: RunTrain, small_data: Path, tmp_path: Path, mo
 def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -> None:
     many = SingleLabel([f"c{number}" for number in range(50)])
     state = TrainState(5, step=3, temperature=1.5, ece_before=0.25, ece_after=0.125)
-    card = card_text(Config(text_column=["a|b"]), many, state, {"train": 5}, {})
+    card = card_text(Config(text_column=["a|b"]), many, state, ["5 train rows"], {})
     assert "base_model: FacebookAI/xlm-roberta-base\ntags: " in card
     assert "# Text classifier: 50 classes\n" in card
-    assert "5 rows train; from SST-2 of the GLUE benchmark." in card
+    assert "5 train rows; from SST-2 of the GLUE benchmark." in card
     assert "| `--text-column` | a\\|b |" in card
     config = Config(data_dir="/films", eval_file=["fr=/fr.tsv"], test_file=["/de.tsv"], calibrate=True, best_by="loss")
     two = SingleLabel(["a", "b"])
-    card = card_text(config, two, state, {"train": 5, "fr": 2}, {})
+    card = card_text(config, two, state, ["5 train rows", "2 fr rows"], {})
     assert "; from films, fr.tsv, de.tsv." in card
     note = "calibrated on dev: temperature 1.500, ECE 0.2500 before, 0.1250 with it on the rows it was fitted to."
     assert f"{note}\n\n## Settings" in card
-    card = card_text(config, two, dataclasses.replace(state, temperature=1.0), {"train": 5}, {}, is_best=True)
+    card = card_text(config, two, dataclasses.replace(state, temperature=1.0), ["5 train rows"], {}, is_best=True)
     assert "chosen by their loss on dev" in card
     assert "calibrated on dev: temperature 1, as no other is significantly better on these rows;" in card
 
@@ -173,4 +173,4 @@ def test_card_of_a_bundle_names_its_hub_repository_and_shortens_many_classes() -
 def test_card_lists_the_metrics_of_its_task() -> None:
     tasks: list[Task] = [SingleLabel(["a", "b"]), MultiLabel(["a", "b"]), Regression(["score"])]
     for task, types in zip(tasks, ("accuracy, f1", "f1", "spearmanr, pearsonr")):
-        assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), {"train": 5}, {})
+        assert f"\nmetrics: [{types}]\n" in card_text(Config(), task, TrainState(1), ["5 train rows"], {})

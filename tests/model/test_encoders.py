@@ -65,7 +65,7 @@ def torchtext_model(classifier: SequenceClassifier) -> nn.Module:
     sizes = {"vocab_size": shape.vocab_size, "embedding_dim": shape.hidden, "ffn_dimension": shape.ffn}
     sizes.update(padding_idx=PAD_ID, max_seq_len=shape.positions, num_attention_heads=shape.heads)
     conf = RobertaEncoderConf(**sizes, num_encoder_layers=shape.layers, dropout=0.0)
-    head = RobertaClassificationHead(classifier.outputs, shape.hidden, dropout=0.0, activation=nn.Tanh)
+    head = RobertaClassificationHead(classifier.head.out.out_features, shape.hidden, dropout=0.0, activation=nn.Tanh)
     model = RobertaModel(conf, head)
     for module in model.encoder.modules():
         if isinstance(module, nn.LayerNorm):

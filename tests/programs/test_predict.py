@@ -365,7 +365,7 @@ def test_a_model_that_does_not_fit_is_refused(model: Path, tmp_path: Path) -> No
     assert make_tokenizer(other / "sentencepiece.bpe.model", 2 * rows) > rows
     assert f" has {rows} embedding rows; they do not belong" in user_error(run, other, "x")
     change_json(pairs / "config.json", text_pairs=True)
-    fix = "was trained on pairs of texts; name the second column, too: --input FILE --text-pair-column NAME"
+    fix = "was trained on pairs of texts; name the second column, too, with --input FILE --text-pair-column NAME"
     assert fix in user_error(run, pairs, "a film")
 
 

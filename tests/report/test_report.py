@@ -325,7 +325,7 @@ def test_a_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("precision", "decided", "reason", "says"),
     [
-        ("auto", "bf16", "", "1 process; precision auto -> bf16 with fp32 master weights; engine"),
+        ("auto", "bf16", "", "1 process; precision auto -> bf16 with fp32 master weights; CPU engine"),
         ("fp32", "fp32", "--no-compile", "1 process; fp32; plain PyTorch: slower (--no-compile)"),
         ("bf16", "bf16", "no GCC that works", "bf16 autocast; plain PyTorch: slower (no GCC that works)"),
     ],
@@ -340,7 +340,7 @@ def test_the_header_says_what_was_decided(
     weights = {EMBEDDING: torch.empty(rows - 100, 32), "big": torch.empty(1000, 1000), "head": torch.empty(1000, 100)}
     moments = {f"{kind}.head": weights["head"] for kind in ("exp_avg", "exp_avg_sq")}
     optimizer: Any = SimpleNamespace(weights=lambda: weights, moments=lambda: moments, shares_memory=False)
-    lines = header_lines(inputs, state, optimizer, reason, world, head_is_new=True)
+    lines = header_lines(inputs, state, 10, optimizer, reason, world, new_head=True)
     by_name = {line[:10].rstrip(): line[11:] for line in lines}
     assert list(by_name) == ["stack", "encoder", "rows", "classes", "batches", "device"]
     assert by_name["encoder"].endswith(

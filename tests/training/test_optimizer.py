@@ -54,8 +54,9 @@ def train(optimizer: AdamW, classifier: nn.Module, steps: range, max_norm: float
     norms = []
     for step in steps:
         set_gradients(classifier, step)
-        norms.append(optimizer.clip(max_norm))
+        norms.append(optimizer.clip_grad_norm(max_norm))
         optimizer.step(1e-3 * (step + 1))
+        optimizer.zero_grad()
     return norms
 
 
@@ -143,8 +144,9 @@ def test_micro_batches_add_up_in_fp32(kind: str) -> None:
             with no_sync():
                 backward(value)
         backward(micro_batches[-1])
-        torch.testing.assert_close(optimizer.clip(0.0), torch.tensor(sum(micro_batches) * math.sqrt(count)))
+        torch.testing.assert_close(optimizer.clip_grad_norm(0.0), torch.tensor(sum(micro_batches) * math.sqrt(count)))
         optimizer.step(1e-4)
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,8 +162,9 @@ def test_rows_without_gradient_decay_as_the_vocabulary_says(kind: str, lr: float
     for step in range(steps):
         set_gradients(classifier, step)
         classifier.encoder.tokens.weight.grad[10] = 0  # type: ignore[index]
-        optimizer.clip(0.0)
+        optimizer.clip_grad_norm(0.0)
         optimizer.step(lr)
+        optimizer.zero_grad()
         vocabulary.decay_unused_rows(lr)
     assert vocabulary.unused_rows_factor == pytest.approx((1 - lr * 0.1 * 0.8**3) ** steps, rel=1e-9)
     row = saved(optimizer)[0][EMBEDDING][10].double() / before[EMBEDDING][10].double()
@@ -240,16 +243,18 @@ def check_steps(world: World, dtype: torch.dtype) -> None:
         for state, *of_ranks in zip(alone._trained, *gradients):
             first, second, third = (gradient.float() for gradient in of_ranks)
             state.accumulator = (first + second + third) / 3
-        norms = together.clip(0.5), alone.clip(0.5)
+        norms = together.clip_grad_norm(0.5), alone.clip_grad_norm(0.5)
         assert all(norm.isfinite() == (not is_bad) for norm in norms)
         if is_bad:
-            together.clear_gradients()
-            alone.clear_gradients()
+            together.zero_grad()
+            alone.zero_grad()
             continue
         torch.testing.assert_close(*norms)
         alone._norm = together._norm  # else the factor may differ in its last bit
         together.step(1e-2)
+        together.zero_grad()
         alone.step(1e-2)
+        alone.zero_grad()
         for ours, theirs in zip(together._trained, alone._trained):
             found, expected = ours.tensors(), theirs.tensors()
             assert all(torch.equal(found[name], expected[name]) for name in expected), (step, ours.name)

@@ -36,7 +36,7 @@ def test_plain_pytorch_and_the_engine_resume_each_other(
     forget_after(run, 8)
     capsys.readouterr()
     resume(run, ends)
-    assert ("; engine" in capsys.readouterr().out) == (ends == "--compile")
+    assert ("; CPU engine" in capsys.readouterr().out) == (ends == "--compile")
     assert losses(run) == pytest.approx(losses(whole), abs=near)
 
 

@@ -51,7 +51,9 @@ class CpuAdamW:
             self._states.append(state)
         self._trained = [state for state in self._states if state.weight.requires_grad]
         self._steps, self._accumulates = 0, False
-        self._gradients: list[torch.Tensor] = []  # between `clip` and `step`: the kernels have their addresses
+        self._gradients: list[
+            torch.Tensor
+        ] = []  # between `clip_grad_norm` and `step`: the kernels have their addresses
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
         # Whether all processes see the same weights; else each has its own.
         self.shares_memory = world.world_size > 1 and self._share_memory()
@@ -137,11 +139,8 @@ class CpuAdamW:
             parameter.grad = self._places[number].copy_(gradient)
 
     @torch.no_grad()
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Return the global norm of the averaged gradients, the same on every rank; fp32, no dimensions.
-
-        The gradients stay as they are: `step` clips them on the way (0: never).
-        """
+    def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
+        """Return the global norm of the averaged gradients, fp32, the same on every rank; `step` then clips them."""
         gradients = [state.accumulator if self._accumulates else state.weight.grad for state in self._trained]
         self._gradients = [gradient.contiguous() for gradient in gradients if gradient is not None]
         if self._world.world_size > 1 and not self.shares_memory:
@@ -163,7 +162,7 @@ class CpuAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Take one step with the gradients that `clip` has seen, and clear them; `lr` is before layer-wise decay."""
+        """Take one step with the gradients that `clip_grad_norm` has seen; `lr` is before layer-wise decay."""
         self._steps += 1
         scale = float((self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)) if self._max_norm else 1.0
         bias_correction = 1 - BETAS[0] ** self._steps
@@ -172,9 +171,8 @@ class CpuAdamW:
         inverse_bias_correction = 1 / math.sqrt(1 - BETAS[1] ** self._steps)
         self._kernels.adamw(self._parameters, self._located, scale, *BETAS, EPSILON, inverse_bias_correction)
         barrier_sum(self._group)  # all parts are updated
-        self.clear_gradients()
 
-    def clear_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients, also those that were added up."""
         self._gradients = []
         self._accumulates = False
