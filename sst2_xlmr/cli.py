@@ -20,18 +20,17 @@ from sst2_xlmr.util.flag_hints import hint
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or site-packages
 
 
-def command(program: str) -> str:
-    """Return the command to start a program (e.g. `train`) from this folder in the way this one was started."""
-    started, script = Path(sys.argv[0]), ROOT / ("train.py" if program == "train" else f"scripts/{program}.py")
-    words = f"-m sst2_xlmr {program}"
-    if Path(os.path.realpath(started)).parent in (ROOT, ROOT / "scripts") and script.is_file():
+def train_command() -> str:
+    """Return the command that starts training from this folder in the way that this program was started."""
+    started, script, words = Path(sys.argv[0]), ROOT / "train.py", "-m sst2_xlmr train"
+    if os.path.realpath(started) == str(script):
         words = shlex.quote(str(script) if started.is_absolute() else os.path.relpath(script))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1:
         torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
         return f"{torchrun} --nproc_per_node={processes} {words}"
     if started.name == "sst2-xlmr":
-        return f"{'sst2-xlmr' if shutil.which('sst2-xlmr') else shlex.quote(sys.argv[0])} {program}"
+        return f"{'sst2-xlmr' if shutil.which('sst2-xlmr') else shlex.quote(sys.argv[0])} train"
     return f"{(sys.orig_argv or ['python'])[0]} {words}"
 
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from sst2_xlmr.cli import command, parse_args
+from sst2_xlmr.cli import parse_args, train_command
 from sst2_xlmr.config import OPTIONS, Config, flag
 from sst2_xlmr.data.prepare import Inputs, prepare
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.report.console import Report, header_lines
-from sst2_xlmr.report.inputs import as_json, example_lines, data_report, describe_rows, input_lines
+from sst2_xlmr.report.inputs import as_json, data_report, describe_rows, example_lines, input_lines
 from sst2_xlmr.run import Run
 from sst2_xlmr.task import LOWER_IS_BETTER
 from sst2_xlmr.training.checkpoint import find_checkpoint, load_checkpoint, read_state
@@ -161,7 +161,7 @@ def finish(run: Run) -> None:
 
 def run_training(run: Run) -> None:
     """Train and finish; if a signal or a collapse ends the run early, save it and raise SystemExit."""
-    resume_command = f"{command('train')} --resume --output-dir {shlex.quote(str(run.folder))}"
+    resume_command = f"{train_command()} --resume --output-dir {shlex.quote(str(run.folder))}"
     try:
         if run.state.evaluation_due or run.state.collapse_check_due:  # since before a resume
             run.evaluate_if_due()
@@ -181,7 +181,7 @@ def run_training(run: Run) -> None:
         run.ensure_checkpoint()
         fix = f"--lr {run.config.lr / 2:g} --seed {run.config.seed + 1} --output-dir NEW_DIR"
         run.say("collapsed  training has collapsed; the run is saved. Rerun with a lower rate and another seed:")
-        run.say(f"           {command('train')} --config {shlex.quote(str(run.folder / 'config.json'))} {fix}")
+        run.say(f"           {train_command()} --config {shlex.quote(str(run.folder / 'config.json'))} {fix}")
         sys.exit(1)
 
 

@@ -113,11 +113,11 @@ def test_next_command_works(started: str, processes: int, words: str, monkeypatc
     monkeypatch.setattr(sys, "orig_argv", ["python", started], raising=False)
     monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert cli.command("train") == words
+    assert cli.train_command() == words
     monkeypatch.chdir(SAMPLE_DATA)
     if started == "train.py":
         monkeypatch.setattr(sys, "argv", ["../train.py"])
-        assert cli.command("predict").endswith(" ../scripts/predict.py")
+        assert cli.train_command().endswith(" ../train.py")
 
 
 TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}

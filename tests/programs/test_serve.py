@@ -170,12 +170,12 @@ def test_an_address_that_is_taken_is_one_line(port: int, model: Path, capsys: py
         (b'{"texts": "a text"}', 400, "a list of 1 to 100 texts"),
         (b'{"texts": []}', 400, "a list of 1 to 100 texts"),
         (json.dumps({"texts": ["a"] * 101}).encode(), 400, "a list of 1 to 100 texts"),
-        (b'{"texts": [1]}', 400, "strings of up to"),
+        (b'{"texts": [1]}', 400, "strings of at most"),
         (b'{"texts": [["a", "b"]]}', 400, "this model takes single texts"),
         (b'{"texts": ["\\ud83d"]}', 400, "not UTF-8"),
         (b'{"texts": ["bad\\u0000 word"]}', 400, "NUL"),
-        (json.dumps({"texts": ["a" * 100_001]}).encode(), 400, "strings of up to 100,000 characters"),
-        (b" " * ((1 << 20) + 1), 413, "a request may have 1,048,576 bytes"),
+        (json.dumps({"texts": ["a" * 100_001]}).encode(), 400, "strings of at most 100,000 characters"),
+        (b" " * ((1 << 20) + 1), 413, "a request may have at most 1,048,576 bytes"),
     ],
 )
 def test_a_bad_request_gets_one_line(port: int, body: bytes, status: int, says: str) -> None:
