@@ -198,6 +198,8 @@ def _write_cache(folder: Path, paths: list[Path], tokenizer: Tokenizer, read_opt
     arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     arrays["starts"] = np.cumsum(arrays["lengths"], dtype=np.int64) - arrays["lengths"]
     arrays["distinct_ids"] = np.flatnonzero(occurs).astype(np.int32)
+    if not read_options.weight:
+        del arrays["weights"]
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     manifest = {"vocab_size": tokenizer.vocab_size, "sha256": {f.name: digest_of(f) for f in sorted(folder.iterdir())}}

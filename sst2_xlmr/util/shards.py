@@ -40,7 +40,7 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
             descriptor = os.open(folder / _FINGERPRINT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             file = stack.enter_context(os.fdopen(descriptor, "r+", encoding="utf-8"))
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.fstat(file.fileno()).st_nlink:  # the other process has just finished, and removed it
                     raise BlockingIOError
             except BlockingIOError:
