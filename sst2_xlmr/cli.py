@@ -107,7 +107,7 @@ def with_files(words: list[str]) -> list[str]:
     result = []
     for word in words:
         try:
-            is_file = word.startswith("@")
+            is_file = word.startswith("@") and word != "@"  # a delimiter
             result += shlex.split(Path(word[1:]).read_text("utf-8"), comments=True) if is_file else [word]
         except OSError as error:
             raise UserError(f"cannot read {word[1:]}, named by {word}: {error.strerror}") from None

@@ -20,6 +20,8 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
+_FLAGS = {"true": 1.0, "yes": 1.0, "y": 1.0, "false": 0.0, "no": 0.0, "n": 0.0}
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+")
 LabelValues = dict[str | int, float]  # several labels of a row: name or position -> 1, or its probability
 
 
@@ -63,21 +65,34 @@ def _quoted(label: str) -> str:
     return repr(label) if len(label) <= 40 else repr(label[:40]) + "..."
 
 
-def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] = ()) -> LabelValues | str:
+def _parsed(text: str) -> Any:
+    """Return the value of JSON, or of what Python or NumPy print; any other text unchanged."""
+    if text.startswith(("[", "{")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+        literal = f"[{','.join(text[1:-1].split())}]" if _NUMPY.fullmatch(text) else text
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(literal)
+    return text
+
+
+def are_flags(labels: Iterable[str]) -> bool:
+    """Whether a column's lists have one number per label: all have one length, from 2, and numbers from 0 to 1."""
+    lists = [value for text in labels if text.startswith("[") and isinstance(value := _parsed(text), list)]
+    is_one_length = bool(lists) and {*map(len, lists)} == {max(2, len(lists[0]))}
+    return is_one_length and all(type(n) in (int, float) and 0 <= n <= 1 for each in lists for n in each)
+
+
+def split_labels(
+    text: str, delimiter: str | None = None, known: Iterable[str] = (), are_flags: bool = False
+) -> LabelValues | str:
     """Return the labels in a cell, or the cell's text if it is a single label.
 
     The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list of floats, or one in which
-    a value repeats, has one number per label; any other list holds the labels. Any other text is split at the delimiter
-    (default: `,`, `;` and `|`), unless it is one of the `known` labels.
+    a value repeats, has one number per label, and so have all lists with `are_flags`; any other list holds the labels.
+    Any other text is split at the delimiter (default: `,`, `;` and `|`), unless it is one of the `known` labels.
     """
-    value: Any = text
-    if text.startswith(("[", "{")):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-        if value is text:
-            literal = f"[{','.join(text[1:-1].split())}]" if _NUMPY.fullmatch(text) else text
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                value = ast.literal_eval(literal)
+    value = _parsed(text)
     if isinstance(value, dict):
         prefix = "probability_" if all(str(name).startswith("probability_") for name in value) else ""
         return {str(name)[len(prefix) :]: _number(number) for name, number in value.items()}
@@ -87,7 +102,7 @@ def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] =
             return text
         return {canonical(label.strip()): 1.0 for label in labels if label.strip()}
     items = list(value)
-    if any(isinstance(item, float) for item in items) or (len(set(map(str, items))) < len(items)):
+    if are_flags or any(isinstance(item, float) for item in items) or len(set(map(str, items))) < len(items):
         return {position: _number(item) for position, item in enumerate(items)}
     return {label_text(item): 1.0 for item in items}
 
@@ -95,7 +110,7 @@ def split_labels(text: str, delimiter: str | None = None, known: Iterable[str] =
 def _number(value: object) -> float:
     with contextlib.suppress(TypeError, ValueError):
         return float(value)  # type: ignore[arg-type]
-    return math.nan
+    return _FLAGS.get(str(value).strip().lower(), math.nan)
 
 
 def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:
@@ -119,6 +134,16 @@ def ids_by_label(names: Sequence[str], label_ids: Mapping[str, int] | None) -> d
     if not label_ids and (has_no_names or is_open):
         label_ids = {str(index): index for index in range(len(names))}
     return {**(label_ids or {}), **{name: index for index, name in enumerate(names)}}
+
+
+def check_decimal_commas(labels: Iterable[str], path: object) -> None:
+    """Raise UserError if commas in numbers may separate thousands: each is followed by exactly three digits."""
+    with_comma = [label for label in labels if "," in label]
+    if with_comma and all(map(_THOUSANDS.fullmatch, with_comma)):
+        without = with_comma[0].replace(",", "")
+        problem = "a decimal comma or one that separates thousands"
+        fix = f"write {without} or {with_comma[0].replace(',', '.')}"
+        raise UserError(f"{path}: label {with_comma[0]!r} has {problem}; {fix}")
 
 
 def is_number(label: str) -> bool:

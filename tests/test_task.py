@@ -240,7 +240,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, content: str, opt
         ('["a", "x"]', "'x' is neither one of a, b"),
         ('{"a": 0}', "but none for b"),
         ('{"a": 2, "b": 0}', "'a' has 2"),
-        ('{"a": "x", "b": 0}', "line 2: label 'a' has nan"),
+        ('{"a": "x", "b": 0}', "line 2: label 'a' has a value that is no number"),
     ],
 )
 def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> None:

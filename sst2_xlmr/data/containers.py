@@ -70,7 +70,7 @@ def mapped_names(path: Path) -> tuple[str, ...]:
     """Return the names of labels 0, 1, ... in the `mapping.txt` beside a file; () if it does not exist."""
     mapping = path.with_name("mapping.txt")
     lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else []
-    entries = [line.partition("\t")[::2] for line in lines]
+    entries = [[*line.split("\t"), ""][:2] for line in lines]
     is_in_order = all(number == str(i) for i, (number, _) in enumerate(entries))
     return tuple(name for _, name in entries) if is_in_order else ()
 

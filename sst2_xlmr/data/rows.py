@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from sst2_xlmr.config import COLUMN_OPTIONS, Config
 from sst2_xlmr.data.containers import READERS, shortened
-from sst2_xlmr.data.formats import Layout, SourceRow, cell_text, opened, read_source
-from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
+from sst2_xlmr.data.formats import Layout, SourceRow, cell_text, read_source
+from sst2_xlmr.data.sniff import ReadOptions, check_encoding, find_layout
 from sst2_xlmr.labels import MISSING, label_text
 from sst2_xlmr.task import Task
 from sst2_xlmr.util.errors import UserError
@@ -23,12 +23,14 @@ from sst2_xlmr.util.files import read_json
 
 COLUMNS, CHARACTERS = "another number of columns", "cut characters"
 NO_TEXT, NO_LABEL = "no text", "no label"
+HEADER = "repeated header"
 WEIGHT_0 = "weight 0"  # left out on purpose, so never an error
 PHRASES = {  # why a row is unusable -> the phrase in errors and notes
     COLUMNS: "with another number of columns",
     CHARACTERS: "with truncated or invalid characters",
     NO_TEXT: "without text",
     NO_LABEL: "without a label",
+    HEADER: "that repeat or underline the header",
     WEIGHT_0: "with weight 0",
 }
 Problems = dict[str, tuple[int, int, str]]  # a key of PHRASES -> count, first line, detail
@@ -225,6 +227,9 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
         if positions is None or len(cells) != len(names):
             yield source, COLUMNS if positions else kind, None, None, None, 1.0
             continue
+        if layout.header and _repeats_header(cells, names):
+            yield source, HEADER, None, None, None, 1.0
+            continue
         text = cells[positions.texts[0]]
         if len(positions.texts) > 1:
             texts = [cells[position] for position in positions.texts]
@@ -244,6 +249,14 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
         yield source, problem, text, pair, label, weight
     if not has_all:
         raise missing or UserError(f"{path} has no rows")
+
+
+def _repeats_header(cells: Sequence[Any], names: list[str]) -> bool:
+    """Whether a row is the header again, as in concatenated files, or the line below it in a Markdown table."""
+    if cells[0] != names[0] and str(cells[0])[:1] not in ("-", ":", " "):  # most rows
+        return False
+    texts = [cell_text(cell).strip() for cell in cells]
+    return texts == names or (any(texts) and {*"".join(texts)} <= {"-", ":"} and len("".join(texts)) > len(texts))
 
 
 def _weight(cell: Any, where: str) -> float:
@@ -349,13 +362,7 @@ class Inspection:
     def _check_encoding(self, path: Path) -> None:
         """Raise UserError if rows are unusable because the file is not UTF-8."""
         if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
-            with opened(path) as (file, _):
-                encoding = other_encoding(content := file.read())
-            if encoding:
-                line = self.problems[CHARACTERS][1]
-                text = shortened(content.splitlines()[line - 1].decode(encoding, "replace"), 40)
-                fix = f"use --encoding {encoding}, in which it is {text!r}, or another one if that is wrong"
-                raise UserError(f"{path}, line {line}: not UTF-8; {fix}")
+            check_encoding(path, self.problems[CHARACTERS][1])
 
     @property
     def is_unlabelled(self) -> bool:

@@ -22,6 +22,7 @@ from sst2_xlmr.data import containers
 from sst2_xlmr.data.containers import shortened
 from sst2_xlmr.data.formats import Layout, csv_reader, decoded_lines, opened
 from sst2_xlmr.util.errors import UserError
+from sst2_xlmr.util.files import check_is_file
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 1 << 18, 1000
 DELIMITERS = {"tab": "\t", "bar": "|", "semicolon": ";", "comma": ","}  # those that are rare in texts first
@@ -31,6 +32,7 @@ _NAME = re.compile(r"[^\W\d][\w.\-/#()?:]*( [\w.\-/#()?:]+){0,2}|#\d \w+")  # a 
 _CR_AFTER_ROW = re.compile('([^"\r\n]|"[^"]*")*\r(?!\n)')  # the first row ends in a carriage return alone
 _COUNTED = ((0, ""), (1, ""), (1, "V"))  # first number and prefix of the names that pandas and R give to columns
 _TREE = re.compile(r"\([0-9] (\([0-9] |[^()]+\)$)")
+_INVALID = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, see `decoded_lines`
 _FASTTEXT = re.compile(r"__label__[^\s,;|]+(\s|$)")
 _TREE_FIX = (
     "python -c \"import re, sys; [print(' '.join(re.findall(r'\\([0-9] ([^()]+)\\)', line)), line[1], sep='\\t')"
@@ -82,6 +84,7 @@ class ReadOptions:
 
 def find_layout(path: Path, options: ReadOptions = ReadOptions()) -> Layout:
     """Detect a file's layout; UserError if it is unreadable, unsupported or ambiguous."""
+    check_is_file(path)
     try:
         stat = path.stat()
     except OSError as error:
@@ -97,7 +100,10 @@ def _find_layout(path: Path, options: ReadOptions, *_: int) -> Layout:
         kind = "arrow" if (path / "state.json").is_file() else "folder"
     else:
         with opened(path) as (file, name):
-            head = file.read(100).lstrip()
+            start = file.read(300)
+        if start[257:262] == b"ustar":
+            raise UserError(f"{path} is a tar archive; unpack it first")
+        head = start.lstrip()
         magic = head if head[:1] != b"<" else head.lower()
         kind = options.format or next((kind for start, kind in _MAGIC.items() if magic.startswith(start)), "")
         if kind and kind not in FORMATS:
@@ -270,6 +276,7 @@ def _modal_width(rows: list[list[str]]) -> tuple[int, float]:
 
 def _table(name: str, lines: list[str], is_whole: bool, options: ReadOptions) -> Layout:
     given = "\t" if options.format == "tsv" else DELIMITERS.get(options.delimiter or "", options.delimiter)
+    given = given and given.replace("\\t", "\t")  # as it is written in code
     if given and len(given) > 1 and options.quoting not in (None, "none"):
         raise UserError(f"--delimiter {given} has several characters, which needs --quoting none")
     wanted = options.expected_names
@@ -328,9 +335,13 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], options: Rea
     if not rows:
         return layout._replace(names=("text",))
     first, width = [cell.strip() for cell in rows[0]], _modal_width(rows[1:] or rows)[0]
+    if _INVALID.search("".join(first)) and layout.encoding == "utf-8":
+        check_encoding(path, 1)
     is_alone = not any(first[1:]) and first[0].lower() not in options.expected_names
-    if is_alone and options.header is None and width > 1 and len(rows) > 2 and layout.delimiter:
-        start = next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
+    is_comment = first[0].startswith(("#", "//")) and sum(map(_are_names, rows[1:])) < len(rows) / 2
+    is_comment = is_comment and len(rows) > 2 and _are_names(rows[1])
+    if ((is_alone and options.header is None) or is_comment) and width > 1 and len(rows) > 2 and layout.delimiter:
+        start = 2 if is_comment else next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
         lines = f"line 1, {shortened(first[0], 40)!r}, is" if start == 2 else f"lines 1 to {start - 1} are"
         raise UserError(f"{path}: {lines} not part of the table; keep the rest: tail -n +{start} FILE > NEW")
     header = _has_header(path, [first, *rows[1:]], width, options) if options.header is None else options.header
@@ -343,6 +354,10 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], options: Rea
     if names == ["sentence", "label"] and layout.delimiter == "\t" and ends > 0.8 * len(rows[1:]):
         class_names = {"label": ("negative", "positive")}
     return layout._replace(header=True, names=tuple(names), class_names=class_names, notes=notes)
+
+
+def _are_names(row: list[str]) -> bool:
+    return all(_NAME.fullmatch(cell.strip()) for cell in row if cell)
 
 
 def _has_header(path: Path, rows: list[list[str]], width: int, options: ReadOptions) -> bool:
@@ -370,6 +385,16 @@ def _has_header(path: Path, rows: list[list[str]], width: int, options: ReadOpti
         return looks_named
     shown = shortened(" | ".join(first), 80)
     raise UserError(f"{path}: is its first line ({shown}) a header or a row? use --header or --no-header")
+
+
+def check_encoding(path: Path, line: int) -> None:
+    """Raise UserError with the likely encoding of a file that is not UTF-8, as this line shows."""
+    with opened(path) as (file, _):
+        encoding = other_encoding(content := file.read())
+    if encoding:
+        text = shortened(content.splitlines()[line - 1].decode(encoding, "replace"), 40)
+        fix = f"use --encoding {encoding}, in which it is {text!r}, or another one if that is wrong"
+        raise UserError(f"{path}, line {line}: not UTF-8; {fix}")
 
 
 def other_encoding(content: bytes) -> str:

@@ -45,8 +45,15 @@ def read_errors(what: object, fix: str) -> Iterator[None]:
         raise UserError(f"cannot read {what}: {reason.splitlines()[0]}; {fix}") from None
 
 
+def check_is_file(path: Path) -> None:
+    """Raise UserError for a pipe or device: it can be read only once, and may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, not a file; save what it holds to a file first")
+
+
 def digest_of_input(path: Path) -> str:
     """Return the SHA-256 of a user's file; UserError if it cannot be read."""
+    check_is_file(path)
     with read_errors(path, "check the path"):
         return digest_of(path)
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sst2_xlmr.config import Config
+from sst2_xlmr.data.prepare import inspect_splits
 from sst2_xlmr.data.rows import Row, inspect, read_rows
 from sst2_xlmr.data.sniff import ReadOptions, find_layout, other_encoding
 from sst2_xlmr.task import SingleLabel
@@ -279,3 +282,35 @@ def test_any_table_is_read_as_written(tmp_path_factory: Any, texts: list[str], k
     except UserError:
         return
     assert found == rows
+
+
+TABLE = "a fine film,good\nwhat a dull and long story,bad\nso long and so dull,bad\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "task", "says"),
+    [
+        (f"# made by x, v2\ntext,label\n{TABLE}", "auto", "line 1, '# made by x', is not part of the table; keep the"),
+        (f"text,label\n{TABLE}text,label\n{TABLE}", "auto", "line 5: 1 of 7 rows cannot be used: 1 that repeat"),
+        ("text|label\n--- | ---\n" + TABLE.replace(",", "|"), "auto", "line 2: 1 of 4 rows cannot be used: 1 that rep"),
+        ("\udcdcberschrift;label\nein guter Film;gut\n", "auto", "line 1: not UTF-8; use --encoding cp1252"),
+        ('text,label\nso much,"1,000"\nso little,7\n', "regression", "'1,000' has a decimal comma or one that"),
+        ("\0" * 257 + "ustar" + "\0" * 300, "auto", "is a tar archive; unpack it first"),
+        ("", "auto", "is a pipe or a device, not a file; save what it holds to a file first"),
+    ],
+)
+def test_what_is_no_row_is_never_one(tmp_path: Path, content: str, task: str, says: str) -> None:
+    file = tmp_path / "rows.csv"
+    if content:
+        file.write_bytes(content.encode(errors="surrogateescape"))
+    else:
+        os.mkfifo(file)
+    assert says in refusal(inspect_splits, Config(train_file=[str(file)], task=task))
+
+
+@pytest.mark.parametrize("cells", [["[0, 1]", "[1, 0]"], ["[0.0, 1.0]", "[1, 0]"], ["[0, 1]", "[1, 0]", "[0, 0]"]])
+def test_lists_of_one_number_per_label(tmp_path: Path, cells: list[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"text": "text {i}", "label": {cell}}}\n' for i, cell in enumerate(cells)))
+    task, splits = inspect_splits(Config(train_file=[str(file)], task="multi-label"))
+    assert [row.label.tolist() for _, row in splits["train"].rows(task)] == [json.loads(cell) for cell in cells]
