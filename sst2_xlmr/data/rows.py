@@ -227,7 +227,7 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
         if positions is None or len(cells) != len(names):
             yield source, COLUMNS if positions else kind, None, None, None, 1.0
             continue
-        if layout.header and _repeats_header(cells, names):
+        if layout.header and (cells[0] == names[0] or layout.delimiter == "|") and _repeats_header(cells, names):
             yield source, HEADER, None, None, None, 1.0
             continue
         text = cells[positions.texts[0]]
@@ -253,8 +253,6 @@ def _rows_with_problems(path: Path, layout: Layout, read_options: ReadOptions, w
 
 def _repeats_header(cells: Sequence[Any], names: list[str]) -> bool:
     """Whether a row is the header again, as in concatenated files, or the line below it in a Markdown table."""
-    if cells[0] != names[0] and str(cells[0])[:1] not in ("-", ":", " "):  # most rows
-        return False
     texts = [cell_text(cell).strip() for cell in cells]
     return texts == names or (any(texts) and {*"".join(texts)} <= {"-", ":"} and len("".join(texts)) > len(texts))
 
