@@ -20,7 +20,7 @@ _NUMPY = re.compile(r"\[[\s0-9.]*\]")
 _INSIGNIFICANT = re.compile(r"[\W_]")  # ignored when looking for labels that are probably the same
 # How pandas, R, MySQL, SNLI, ... write a missing label. `none` and `NONE` are classes in some files.
 MISSING = {*("", "-", "?", "NULL", "null", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "None", "\\N")}
-_FLAGS = {"true": 1.0, "yes": 1.0, "y": 1.0, "false": 0.0, "no": 0.0, "n": 0.0}
+_BOOLEANS = {"true": 1.0, "yes": 1.0, "y": 1.0, "false": 0.0, "no": 0.0, "n": 0.0}
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+")
 LabelValues = dict[str | int, float]  # several labels of a row: name or position -> 1, or its probability
 
@@ -76,7 +76,7 @@ def _parsed(text: str) -> Any:
     return text
 
 
-def are_flags(labels: Iterable[str]) -> bool:
+def are_positional(labels: Iterable[str]) -> bool:
     """Whether a column's lists have one number per label: all have one length, from 2, and numbers from 0 to 1."""
     lists = [value for text in labels if text.startswith("[") and isinstance(value := _parsed(text), list)]
     is_one_length = bool(lists) and {*map(len, lists)} == {max(2, len(lists[0]))}
@@ -84,12 +84,12 @@ def are_flags(labels: Iterable[str]) -> bool:
 
 
 def split_labels(
-    text: str, delimiter: str | None = None, known: Iterable[str] = (), are_flags: bool = False
+    text: str, delimiter: str | None = None, known: Iterable[str] = (), are_positional: bool = False
 ) -> LabelValues | str:
     """Return the labels in a cell, or the cell's text if it is a single label.
 
     The cell is JSON, or what Python or NumPy print: an object maps labels to numbers; a list of floats, or one in which
-    a value repeats, has one number per label, and so have all lists with `are_flags`; any other list holds the labels.
+    a value repeats, has one number per label, as all lists have with `are_positional`; any other list holds the labels.
     Any other text is split at the delimiter (default: `,`, `;` and `|`), unless it is one of the `known` labels.
     """
     value = _parsed(text)
@@ -102,7 +102,7 @@ def split_labels(
             return text
         return {canonical(label.strip()): 1.0 for label in labels if label.strip()}
     items = list(value)
-    if are_flags or any(isinstance(item, float) for item in items) or len(set(map(str, items))) < len(items):
+    if are_positional or any(isinstance(item, float) for item in items) or len(set(map(str, items))) < len(items):
         return {position: _number(item) for position, item in enumerate(items)}
     return {label_text(item): 1.0 for item in items}
 
@@ -110,7 +110,7 @@ def split_labels(
 def _number(value: object) -> float:
     with contextlib.suppress(TypeError, ValueError):
         return float(value)  # type: ignore[arg-type]
-    return _FLAGS.get(str(value).strip().lower(), math.nan)
+    return _BOOLEANS.get(str(value).strip().lower(), math.nan)
 
 
 def describe_unknown(label: str, names: Sequence[str], ids: Mapping[str, int]) -> str:

@@ -23,7 +23,7 @@ from sst2_xlmr.evaluation import metrics as metric
 from sst2_xlmr.labels import (
     MISSING,
     LabelValues,
-    are_flags,
+    are_positional,
     canonical,
     check_decimal_commas,
     describe_unknown,
@@ -57,7 +57,7 @@ class _Common:
     label_ids: dict[str, int] | None = None
     thresholds: tuple[float, ...] = ()  # a text has the labels whose probability reaches theirs; empty for 0.5
     initial_bias: tuple[float, ...] = ()  # of a new head; empty for zeros
-    are_flags: bool = False  # whether a file's lists have one number per label (see `labels.are_flags`)
+    are_positional: bool = False  # whether a file's lists have one number per label (see `labels.are_positional`)
 
     may_be_empty = False  # whether "no label" is a valid label
     is_output_fp32 = False  # whether the head's last layer predicts in fp32, whatever the precision of the others
@@ -178,14 +178,14 @@ class SingleLabel(_Common):
         cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         """Return the task for the training files' labels, given `all_labels` of all files; errors name the `path`."""
-        flags = are_flags(labels)
-        values = [split_labels(text, are_flags=flags) for text in labels if text.startswith(("[", "{"))]
+        positional = are_positional(labels)
+        values = [split_labels(text, are_positional=positional) for text in labels if text.startswith(("[", "{"))]
         if is_soft := any(isinstance(value, dict) and len(value) > 1 for value in values):
             labels = dict.fromkeys((str(name) for value in values for name in value), (1, 1))
         if config.label_names and not any(label.isdecimal() for label in labels):
             labels = all_labels  # integers, if any, are in the other files
         names, label_ids = _find_classes(config, labels, names_in_files, path, is_complete=is_soft)
-        return cls(names, label_ids=label_ids, is_soft=is_soft, are_flags=flags)
+        return cls(names, label_ids=label_ids, is_soft=is_soft, are_positional=positional)
 
     @classmethod
     def matches_labels(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -198,7 +198,7 @@ class SingleLabel(_Common):
         """Return the label in a cell, None for a missing one; UserError, beginning with `where`, for an invalid one."""
         text = label_text(cell)
         if self.is_soft and text.startswith(("[", "{")):
-            row = self._label_row(split_labels(text, are_flags=self.are_flags), where)
+            row = self._label_row(split_labels(text, are_positional=self.are_positional), where)
             if abs(row.sum() - 1) > 0.01:
                 raise UserError(f"{where}: the classes' probabilities add up to {row.sum():.4g}, not to 1; fix them")
             return row / row.sum()
@@ -445,13 +445,13 @@ class MultiLabel(_Common):
         cls, config: Config, labels: LabelCounts, all_labels: LabelCounts, names_in_files: NamesInFiles, path: object
     ) -> Task:
         delimiter = config.label_delimiter
-        single, flags = dict[str, Sequence[int]](), are_flags(labels)
+        single, positional = dict[str, Sequence[int]](), are_positional(labels)
         for text, counts in labels.items():
-            for label in _split(text, delimiter, config.label_names or (), flags):
+            for label in _split(text, delimiter, config.label_names or (), positional):
                 single.setdefault(str(label), counts)
-        is_complete = flags or all(text.startswith("{") for text in labels)
+        is_complete = positional or all(text.startswith("{") for text in labels)
         found = _find_classes(config, single, names_in_files, path, is_complete)
-        return cls(*found, delimiter=delimiter, are_flags=flags)
+        return cls(*found, delimiter=delimiter, are_positional=positional)
 
     @classmethod
     def matches_labels(cls, labels: Mapping[str, str | LabelValues]) -> bool:
@@ -463,7 +463,7 @@ class MultiLabel(_Common):
         return bool(several) and (is_json or {str(name) for values in several.values() for name in values} <= alone)
 
     def read_label(self, cell: object, where: str) -> np.ndarray | None:
-        values = _split(label_text(cell), self.delimiter, self._ids_by_label, self.are_flags)
+        values = _split(label_text(cell), self.delimiter, self._ids_by_label, self.are_positional)
         is_scored = set(values.values()) != {-1.0}
         return self._label_row(values, where) if is_scored else None
 
@@ -471,7 +471,7 @@ class MultiLabel(_Common):
         counts: Counter[str] = Counter()
         is_one_hot = bool(labels)
         for text, (rows, _) in labels.items():
-            values = _split(text, self.delimiter, self._ids_by_label, self.are_flags)
+            values = _split(text, self.delimiter, self._ids_by_label, self.are_positional)
             counts.update({str(label): rows for label in values})
             is_one_hot &= len(values) > 1 and sum(values.values()) == 1
         one = "every row has exactly one label: if that is always so, give --task single-label"
@@ -848,8 +848,8 @@ def task_kind(config: Config, labels: Iterable[str]) -> type[Task]:
         return next(kind for kind in TASKS if kind.option == config.task)
     if config.label_delimiter:
         return MultiLabel
-    known, flags = config.label_names or (), are_flags(labels := list(labels))
-    values = {label: split_labels(label, None, known, flags) for label in labels if label not in MISSING}
+    known, positional = config.label_names or (), are_positional(labels := list(labels))
+    values = {label: split_labels(label, None, known, positional) for label in labels if label not in MISSING}
     ids = {*known, *map(str, range(len(known)))}  # that cells may list if --label-names names them
     if any(type(values[label]) is dict and {*values[label]} <= ids for label in values if label[0] not in "[{"):
         return MultiLabel
@@ -916,8 +916,8 @@ def _find_classes(
     return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
 
 
-def _split(text: str, delimiter: str | None, known: Iterable[str], flags: bool) -> LabelValues:
-    values = split_labels(text, delimiter, known, flags)
+def _split(text: str, delimiter: str | None, known: Iterable[str], positional: bool) -> LabelValues:
+    values = split_labels(text, delimiter, known, positional)
     return values if isinstance(values, dict) else {canonical(values): 1.0} if values not in MISSING else {}
 
 

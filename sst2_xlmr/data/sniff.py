@@ -338,8 +338,10 @@ def _with_header(path: Path, layout: Layout, rows: list[list[str]], options: Rea
     if _INVALID.search("".join(first)) and layout.encoding == "utf-8":
         check_encoding(path, 1)
     is_alone = not any(first[1:]) and first[0].lower() not in options.expected_names
-    is_comment = first[0].startswith(("#", "//")) and sum(map(_are_names, rows[1:])) < len(rows) / 2
-    is_comment = is_comment and len(rows) > 2 and _are_names(rows[1])
+    is_comment = first[0].startswith(("#", "//")) and options.header is not False and len(rows) > 2
+    if is_comment:  # above a line of names, and nothing like the rows
+        is_comment = _are_names(rows[1]) and sum(map(_are_names, rows[1:])) < len(rows) / 2
+        is_comment = is_comment and not {*first} & {cell.strip() for row in rows[2:] for cell in row if cell}
     if ((is_alone and options.header is None) or is_comment) and width > 1 and len(rows) > 2 and layout.delimiter:
         start = 2 if is_comment else next((number for number, row in enumerate(rows, 1) if any(row[1:])), 2)
         lines = f"line 1, {shortened(first[0], 40)!r}, is" if start == 2 else f"lines 1 to {start - 1} are"

@@ -20,7 +20,7 @@ from sst2_xlmr.evaluation.compare import check_comparison, compare_files
 from sst2_xlmr.evaluation.evaluate import Evaluation, evaluate
 from sst2_xlmr.evaluation.metrics import describe_calibration, mean_of
 from sst2_xlmr.export.folder import CALIBRATED, CARD_NAME, read_card, with_note, write_folder
-from sst2_xlmr.labels import are_flags, listed, resolve_label_names
+from sst2_xlmr.labels import are_positional, listed, resolve_label_names
 from sst2_xlmr.model.classifier import load_tensors
 from sst2_xlmr.model.encoders import find_encoder, model_folder
 from sst2_xlmr.predictor import Classifier
@@ -130,7 +130,7 @@ def read_files(arguments: argparse.Namespace, classifier: Classifier) -> tuple[T
         if set(names) != set(task.label_names):
             raise UserError(f"--label-names {','.join(names)}: the model's classes are {listed(task.label_names)}")
         label_ids = {key: task.label_names.index(names[i]) for key, i in numbers.items()}
-    task = replace(task, label_ids=label_ids, are_flags=are_flags(labels))
+    task = replace(task, label_ids=label_ids, are_positional=are_positional(labels))
     for split in splits.values():
         (file,), (inspection,), read_options = split.files, split.inspections, split.read_options
         left_out = inspection.check(file, task, read_options.drop_unusable)
