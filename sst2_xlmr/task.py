@@ -913,6 +913,8 @@ def _find_classes(
     if config.label_names:
         return resolve_label_names(config.label_names, labels, path)
     names = list(labels) if is_complete else find_label_names(labels, path)
+    for named in (each for each in names_in_files if {*names} < {*each}):  # the training rows lack some
+        names = find_label_names(dict.fromkeys(named, (0, 1)), path)
     return names, {str(i): names.index(name) for each in names_in_files for i, name in enumerate(each) if name in names}
 
 

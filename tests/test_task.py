@@ -250,6 +250,11 @@ def test_a_bad_label_names_the_line(tmp_path: Path, cell: str, says: str) -> Non
     assert "line 2: " in line and says in line
 
 
+def test_names_in_files_are_the_classes_even_if_the_training_rows_lack_some() -> None:
+    task = SingleLabel.from_labels(Config(), {"b": (1, 1), "c": (1, 2)}, {}, [["b", "a", "c"]], "")
+    assert (task.label_names, task.label_ids) == (["a", "b", "c"], {"0": 1, "1": 0, "2": 2})
+
+
 def test_numpy_and_python_lists_are_read() -> None:
     assert split_labels("[ 8 20]") == split_labels("['8', '20']") == split_labels("8,20") == {"8": 1.0, "20": 1.0}
     assert split_labels("[0 1 0]") == {0: 0.0, 1: 1.0, 2: 0.0}

@@ -364,7 +364,8 @@ def _are_names(row: list[str]) -> bool:
 
 def _has_header(path: Path, rows: list[list[str]], width: int, options: ReadOptions) -> bool:
     """Whether the first row names the columns; UserError if that is ambiguous."""
-    first, others = rows[0], [row for row in rows[1:] if len(row) == width]
+    first = rows[0]
+    others = [row for row in rows[1:] if len(row) == width and [*map(str.strip, row)] != first]
     filled_names = [cell for cell in first if cell]
     is_expected = bool({"text", "sentence", *options.expected_names} & {cell.lower() for cell in first})
     counted = ([f"{prefix}{i}" for i in range(start, start + len(filled_names))] for start, prefix in _COUNTED)
@@ -402,7 +403,8 @@ def check_encoding(path: Path, line: int) -> None:
 def other_encoding(content: bytes) -> str:
     """Return the most likely encoding of text that is not UTF-8; "" if it is UTF-8 with a few damaged characters."""
     runs = list(re.finditer(rb"[\x80-\xff]+", content))
-    if sum(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs) >= 0.9 * len(runs):
+    are_utf8 = sum(_is_utf8(run[0], content[run.end() : run.end() + 1]) for run in runs) >= 0.9 * len(runs)
+    if are_utf8 and (len(runs) < 2 or any(_is_utf8(run[0], b"x") for run in runs)):  # not all of them are truncated
         return ""
     if sum(len(run[0]) == 1 for run in runs) > len(runs) / 2:  # single letters among ASCII: Western European
         return "cp1252"

@@ -79,6 +79,12 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         ("a.tsv", b"text\tlabel\nx\t1\n\ny\t0\n\n", "1 with another number of columns (line 3: 1, not 2)"),
         ("a.tsv", b"text\tlabel\ncut caf\xc3\t1\n", "1 with truncated or invalid characters (line 2); fix them"),
         ("a.tsv", b"text\tlabel\ncaf\xe9 noir\t1\n", "line 2: not UTF-8; use --encoding cp1252, in which it is"),
+        ("a.csv", b"review,stars\na b,1\nreview,stars\nc,0\n", "no column 'sentence' or 'text' among review, stars"),
+        (
+            "a.jsonl",
+            b'{"text": "caf\xe9", "label": 1}\n{"text": "\xe9t\xe9", "label": 0}\n',
+            "line 1: not UTF-8; use --encoding cp1252",
+        ),
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 1 row cannot be used: 1 without text"),
         ("a.jsonl", b'{"text": "x", "label": true}\n', "line 1: label 'true' is neither"),
         ("a.jsonl", b'{"text": "x", "label": null}\n', "1 without a label"),
