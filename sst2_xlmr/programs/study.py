@@ -86,7 +86,7 @@ def linear_probe(config: Config) -> float:
         mean_loss = task.loss(layer(features), labels, weights) / weights.sum()
         total = mean_loss + PENALTY / 2 * layer.weight.square().sum()
         total.backward()
-        return float(total)
+        return float(total.detach())
 
     optimizer.step(loss)
     with torch.no_grad():
