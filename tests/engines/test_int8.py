@@ -23,7 +23,7 @@ from sst2_xlmr.util.tensors import quantize_weights
 
 TASK = SingleLabel(["a", "b", "c"])
 # Of a layer's output and input, and rows.
-SIZES = [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (100, 40, 131), (1, 8, 49), (5, 3, 0)]
+SIZES = [(3, 5, 1), (64, 4, 6), (70, 30, 13), (200, 96, 100), (100, 40, 131), (130, 128, 105), (1, 8, 49), (5, 3, 0)]
 # Gives the small encoder a head, and prints the bytes that loading it takes for good.
 LOADED = """
 import sys; from pathlib import Path

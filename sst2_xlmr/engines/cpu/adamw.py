@@ -51,19 +51,14 @@ class CpuAdamW:
             self._states.append(state)
         self._trained = [state for state in self._states if state.weight.requires_grad]
         self._steps, self._accumulates = 0, False
-        self._gradients: list[
-            torch.Tensor
-        ] = []  # between `clip_grad_norm` and `step`: the kernels have their addresses
+        self._gradients: list[torch.Tensor] = []  # of `clip_grad_norm`, until `step`: the kernels have their addresses
         self._places: list[torch.Tensor] = []  # in shared memory, where this rank leaves its gradients
         # Whether all processes see the same weights; else each has its own.
         self.shares_memory = world.world_size > 1 and self._share_memory()
         self._group = world if self.shares_memory else World(world.device)
         if self.shares_memory:
             self._watch_gradients()
-        self._describe_parameters()
-
-    def _describe_parameters(self) -> None:
-        """Tell the kernels what this rank updates; gradients and rates are filled in at every step."""
+        # What this rank updates; gradients and rates are filled in at every step.
         parts = [part_of(state.weight.numel(), self._group) for state in self._trained]
         self._starts = [start for start, _ in parts]
         self._parameters = np.zeros(len(parts), PARAMETER)
@@ -144,7 +139,7 @@ class CpuAdamW:
         gradients = [state.accumulator if self._accumulates else state.weight.grad for state in self._trained]
         self._gradients = [gradient.contiguous() for gradient in gradients if gradient is not None]
         if self._world.world_size > 1 and not self.shares_memory:
-            average_gradients(self._gradients, self._world, self._kernels)
+            average_gradients(self._gradients, self._world)
         size, stride = self._gradients[0].element_size(), aligned_bytes(self._gradients)
         self._parameters["grad"] = [
             gradient.data_ptr() - self._group.rank * stride + start * size

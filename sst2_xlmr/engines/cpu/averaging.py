@@ -3,13 +3,12 @@
 import torch
 import torch.distributed as dist
 
-from sst2_xlmr.engines.cpu.kernels import Kernels
 from sst2_xlmr.util.distributed import World
 
 _BUCKET_BYTES = 25 << 20  # as much as DDP sends at once
 
 
-def average_gradients(gradients: list[torch.Tensor], world: World, kernels: Kernels) -> None:
+def average_gradients(gradients: list[torch.Tensor], world: World) -> None:
     """Average tensors over all ranks, in place; all of one dtype.
 
     Every rank gets one part of a bucket from all others, averages it, and sends the result to them; as much is sent as
@@ -20,22 +19,22 @@ def average_gradients(gradients: list[torch.Tensor], world: World, kernels: Kern
         bucket.append(gradient.view(-1))
         if number == len(gradients) or sum(map(len, bucket)) + gradients[number].numel() > most:
             flat = torch.cat(bucket)
-            _average(flat, world, kernels)
+            _average(flat, world)
             for tensor, averaged in zip(bucket, flat.split([len(tensor) for tensor in bucket])):
                 tensor.copy_(averaged)
             bucket = []
 
 
-def _average(flat: torch.Tensor, world: World, kernels: Kernels) -> None:
+def _average(flat: torch.Tensor, world: World) -> None:
     parts = list(flat.tensor_split(world.world_size))
     mine = parts[world.rank]
     received = [mine if rank == world.rank else torch.empty_like(mine) for rank in range(world.world_size)]
     others = [rank for rank in range(world.world_size) if rank != world.rank]
     _exchange(parts, received, others)
-    if flat.dtype == kernels.dtype:
-        kernels.mean_of(received, mine)
-    else:  # fp32 sums of micro-batches, in bf16
-        mine.copy_(torch.stack(received).sum(0) / world.world_size)
+    total = received[0].float()
+    for other in received[1:]:
+        total = total + other
+    mine.copy_(total / world.world_size)
     _exchange([mine] * world.world_size, parts, others)
 
 

@@ -2,7 +2,7 @@
  *
  * A weight matrix has one scale per output channel, and activations have their own range in every row (token): with one
  * for a whole tensor of activations, XLM-R and MiniLM lose points of accuracy. AVX512-VNNI multiplies unsigned by signed
- * bytes and adds four products to a 32-bit sum, exactly. So an activation is scale * byte - shift, a weight scale * byte,
+ * bytes and adds four products to a 32-bit sum, exactly; so does AMX, 16 rows at once. So an activation is scale * byte - shift, a weight scale * byte,
  * and a product of rows is scale * scale * (sum of the bytes' products) - shift * (sum of the weights).
  *
  * A thread computes some rows with all channels before the next ones, so that what follows the product finds whole rows
@@ -12,12 +12,15 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "real.h"
 
 #define PANEL 64 /* channels whose weights lie together: 4 vectors of 16 */
 #define VECTORS 4
 #define HEIGHT 6 /* rows at once: with 4 vectors, 24 sums, 4 weights and an activation fit into 32 registers */
+#define TILE 16  /* rows at once with AMX, whose registers, tiles, hold 16 rows of 64 bytes */
 #define BLOCK 48 /* rows that a thread computes before what follows the product */
 #define INLINE static inline __attribute__((always_inline)) /* or sums go through memory: 4 % slower */
 
@@ -74,7 +77,7 @@ void quantize(const real *x, int64_t rows, int n, uint8_t *bytes, Range *ranges,
     }
 }
 
-/* sums [rows, PANEL] = activations [rows, 4 * steps] x one panel of weights; rows is at most HEIGHT, and constant. All
+/* sums [rows, PANEL] = activations [rows, 4 * steps] x one panel of weights; rows is HEIGHT or 1, a constant. All
  * loops but the one over steps are unrolled, or GCC may keep the sums in memory. */
 INLINE void multiply(int rows, const uint8_t *a, int stride, const int8_t *panel, int steps, __m512i *sums) {
     __m512i sum[HEIGHT][VECTORS];
@@ -101,24 +104,57 @@ INLINE void multiply(int rows, const uint8_t *a, int stride, const int8_t *panel
         for (int v = 0; v < VECTORS; v++) sums[r * VECTORS + v] = sum[r][v];
 }
 
-INLINE void multiply_rows(int rows, const uint8_t *a, int stride, const int8_t *panel, int steps, __m512i *sums) {
-    switch (rows) {
-    case 1: multiply(1, a, stride, panel, steps, sums); break;
-    case 2: multiply(2, a, stride, panel, steps, sums); break;
-    case 3: multiply(3, a, stride, panel, steps, sums); break;
-    case 4: multiply(4, a, stride, panel, steps, sums); break;
-    case 5: multiply(5, a, stride, panel, steps, sums); break;
-    default: multiply(6, a, stride, panel, steps, sums);
-    }
+#ifdef __AMX_INT8__
+/* Whether this process may use AMX, for which Linux has to be asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
+static int may_use_tiles(void) {
+    static int answer = 0; /* -1: no, 1: yes */
+    if (!answer) answer = syscall(SYS_arch_prctl, 0x1023, 18) ? -1 : 1;
+    return answer > 0;
 }
+
+/* All tiles are whole. GCC does not know that the instruction reads all of this, so it is no local variable. */
+static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } TILES = {
+    .palette = 1, .bytes = {[0 ... 7] = 64}, .rows = {[0 ... 7] = TILE}};
+
+/* As `multiply`, for TILE rows and k = stride, a multiple of 64: tiles 0 to 3 are sums, 4 activations, 5 and 6 weights. */
+INLINE void multiply_tile(const uint8_t *a, int stride, const int8_t *panel, __m512i *sums) {
+#define FOR_EACH_VECTOR(do) do(0, 5) do(1, 6) do(2, 5) do(3, 6) /* and the tile for its weights */
+#define ZERO(v, w) _tile_zero(v);
+#define ADD(v, w) _tile_loadd(w, panel + 64 * v, 64 * VECTORS); _tile_dpbusd(v, 4, w);
+#define STORE(v, w) _tile_stored(v, sums + v, 64 * VECTORS);
+    FOR_EACH_VECTOR(ZERO)
+    for (int s = 0; s < stride; s += 64, panel += 64 * PANEL) {
+        _tile_loadd(4, a + s, stride);
+        FOR_EACH_VECTOR(ADD)
+    }
+    FOR_EACH_VECTOR(STORE)
+}
+#else
+#define may_use_tiles() 0
+#define multiply_tile(...)
+#define _tile_loadconfig(tiles)
+#define _tile_release()
+#endif
 
 /* values [rows, ld] = the product with one panel in fp32, with bias; its channels begin at c */
 INLINE void panel_product(const Linear *l, int c, const uint8_t *a, const Range *ranges, int rows, float *values, int ld) {
     int stride = rounded_up(l->k, 4), width = l->n - c < PANEL ? l->n - c : PANEL;
-    for (int r = 0; r < rows; r += HEIGHT) {
-        int count = rows - r < HEIGHT ? rows - r : HEIGHT;
-        __m512i sums[HEIGHT * VECTORS];
-        multiply_rows(count, a + (int64_t)r * stride, stride, l->weights + (int64_t)c * stride, stride / 4, sums);
+    const int8_t *panel = l->weights + (int64_t)c * stride;
+    int has_tiles = rows >= TILE && l->k % 64 == 0 && may_use_tiles();
+    if (has_tiles) _tile_loadconfig(&TILES);
+    for (int r = 0, count; r < rows; r += count) {
+        __m512i sums[TILE * VECTORS];
+        const uint8_t *first = a + (int64_t)r * stride;
+        if (has_tiles && rows - r >= TILE) {
+            multiply_tile(first, stride, panel, sums);
+            count = TILE;
+        } else if (rows - r >= HEIGHT) {
+            multiply(HEIGHT, first, stride, panel, stride / 4, sums);
+            count = HEIGHT;
+        } else { /* one of the last few rows */
+            multiply(1, first, stride, panel, stride / 4, sums);
+            count = 1;
+        }
         for (int i = 0; i < count; i++) {
             const int32_t *sum = (const int32_t *)(sums + i * VECTORS);
             float *to = values + (r + i) * ld;
@@ -127,6 +163,7 @@ INLINE void panel_product(const Linear *l, int c, const uint8_t *a, const Range 
                 to[j] = sum[j] * (range.scale * l->scales[c + j]) - range.shift * l->sums[c + j] + l->bias[c + j];
         }
     }
+    if (has_tiles) _tile_release(); /* or every switch of threads would save them */
 }
 
 static void gelu(float *row, int n) {
@@ -150,7 +187,7 @@ void int8_linear(const Linear *l, const uint8_t *a, const Range *ranges, int64_t
     if (rows == 0) return; /* no block, by which OpenMP would divide */
     int n = l->n, ld = rounded_up(n, PANEL), stride = rounded_up(l->k, 4), stride_out = rounded_up(n, 4);
     int64_t share = (rows + threads - 1) / threads, blocks = (share + BLOCK - 1) / BLOCK; /* of a thread */
-    int block = rounded_up((share + blocks - 1) / blocks, HEIGHT);
+    int block = rounded_up((share + blocks - 1) / blocks, may_use_tiles() ? TILE : HEIGHT);
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(sizeof(float) * block * ld);

@@ -80,22 +80,6 @@ void column_sums(const real *x, int64_t rows, int n, real *result, int threads) 
     finish_sums(sums, n, threads, 1, (real *[]){result});
 }
 
-/* result = sum of `count` arrays of n values, in their order, over `count` */
-void mean_of(const real *const *arrays, int count, int64_t n, real *result, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t start = 0; start < n; start += 1024) {
-        int size = n - start < 1024 ? n - start : 1024;
-        float sum[1024], other[1024];
-        load(sum, arrays[0] + start, size);
-        for (int a = 1; a < count; a++) {
-            load(other, arrays[a] + start, size);
-            for (int i = 0; i < size; i++) sum[i] += other[i];
-        }
-        for (int i = 0; i < size; i++) sum[i] /= count;
-        store(result + start, sum, size);
-    }
-}
-
 /* ---- layer normalization ---- */
 
 /* hidden = x + dropout(y + bias); normed = LayerNorm(hidden). Without y: hidden = x. All [rows, n]; hidden may be normed. */
@@ -409,22 +393,17 @@ typedef struct {
     int32_t processes, is_fp32; /* fp32, else of the weights' type */
 } Gradients;
 
-/* to [n] += or = what a process's gradient has from `start` on */
-static inline void take_gradient(float *restrict to, const char *grad, int is_fp32, int64_t start, int n, int adds) {
-    if (is_fp32)
-        for (int i = 0; i < n; i++) to[i] = (adds ? to[i] : 0) + ((const float *)grad)[start + i];
-    else
-        for (int i = 0; i < n; i++) to[i] = (adds ? to[i] : 0) + widen(((const real *)grad)[start + i]);
-}
-
 /* to [n] = a parameter's gradient from `start` on */
 static inline void load_gradient(float *restrict to, const Parameter *p, const Gradients *gradients, int64_t start, int n) {
-    const char *grad = p->grad;
-    take_gradient(to, grad, gradients->is_fp32, start, n, 0);
-    for (int process = 1; process < gradients->processes; process++)
-        take_gradient(to, grad + process * gradients->stride, gradients->is_fp32, start, n, 1);
-    if (gradients->processes > 1)
-        for (int i = 0; i < n; i++) to[i] /= gradients->processes;
+    int processes = gradients->processes, is_fp32 = gradients->is_fp32;
+    for (int process = 0; process < processes; process++) {
+        const void *grad = (const char *)p->grad + process * gradients->stride;
+        for (int i = 0; i < n; i++) {
+            float g = is_fp32 ? ((const float *)grad)[start + i] : widen(((const real *)grad)[start + i]);
+            to[i] = process ? to[i] + g : g;
+        }
+    }
+    for (int i = 0; i < n && processes > 1; i++) to[i] /= processes;
 }
 
 /* Values of this thread: [*from, *to) of n, cut at whole cache lines. */

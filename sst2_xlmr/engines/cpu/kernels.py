@@ -50,7 +50,6 @@ GRADIENTS = struct(stride="i8", processes="i4", is_fp32="i4")
 _SIGNATURES = {
     "dropout": (_P, _L, _I, _P, _I),
     "column_sums": (_P, _L, _I, _P, _I),
-    "mean_of": (_P, _I, _L, _P, _I),
     "add_norm": (_P, _P, _P, _P, _P, ctypes.c_float, _P, _P, _L, _I, _P, _I),
     "add_norm_backward": (_P, _P, _P, ctypes.c_float, _P, _P, _P, _P, _P, _L, _I, _P, _I),
     "bias_gelu": (_P, _P, _P, _L, _I, _I),
@@ -118,11 +117,6 @@ class Kernels:
         result = values.new_empty(values.shape[1])
         self.library.column_sums(values.data_ptr(), *values.shape, result.data_ptr(), torch.get_num_threads())
         return result
-
-    def mean_of(self, tensors: list[Tensor], result: Tensor) -> None:
-        """Write the mean of tensors, added in fp32 in their order, into `result`, which may be one of them."""
-        pointers = (_P * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-        self.library.mean_of(pointers, len(tensors), result.numel(), result.data_ptr(), torch.get_num_threads())
 
     def add_norm(
         self,
