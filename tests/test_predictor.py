@@ -1,5 +1,6 @@
 """A trained model, as Python uses it."""
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,16 @@ def test_labels_and_probabilities_belong_together(model: Path, precision: str, c
     assert np.allclose(classifier.probabilities(TEXTS, batch_tokens=8), found, atol=0.02)
     assert classifier.probabilities([]).shape == (0, 2)
     assert classifier.predict([]) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_loaded_model_does_not_change_with_its_file(model: Path, tmp_path: Path, precision: str) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    classifier = sst2_xlmr.load(folder, precision=precision, device="cpu")
+    expected = classifier.probabilities(TEXTS)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    assert np.array_equal(classifier.probabilities(TEXTS), expected)
 
 
 def test_several_threads_get_what_one_gets(model: Path, monkeypatch: Patch) -> None:

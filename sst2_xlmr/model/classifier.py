@@ -30,7 +30,7 @@ def load_classifier(
     task = task_of(encoder)
     with ThreadPoolExecutor(1) as thread:  # each takes half a second
         tokenizer_loading = thread.submit(Tokenizer, encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
-        model, _ = build_classifier(encoder, task, copy_weights=convert is None)
+        model, _ = build_classifier(encoder, task, copy_weights=convert is None and not bf16)
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
             not_finite = "has weights that are not finite (NaN or infinite); train it again, or use another"
             raise UserError(f"{folder} {not_finite}")
