@@ -80,8 +80,7 @@ class Classifier:
             trim_malloc()
             if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)
-            lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
-            print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
+            print(f"warning: int8 needs a CPU with AVX512-VNNI, Linux and GCC: computing in {plain}", file=sys.stderr)
         classifier, tokenizer, task = load_classifier(folder, device, plain == "bf16")
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
@@ -147,5 +146,4 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            fix = "train it again, or use another model"
-            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {fix}")
+            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); train it again, or use another")

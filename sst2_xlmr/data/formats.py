@@ -76,8 +76,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             yield file, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        fix = "truncated, damaged or misnamed; fetch it again"
-        raise UserError(f"{path} is not a complete {kind} file: {fix}") from None
+        raise UserError(f"{path} is not a complete {kind} file: cut, damaged or misnamed; fetch it again") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
@@ -89,8 +88,7 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
         with io.TextIOWrapper(file, codec, "surrogateescape", newline) as text:
             for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
                 if len(line) > MAX_CHARACTERS:
-                    problem = f"longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
-                    raise UserError(f"{name}, line {number}: {problem}")
+                    raise UserError(f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a table?")
                 if "\0" in line:
                     fix = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
                     raise UserError(f"{name}, line {number}: has a NUL character; {fix}")

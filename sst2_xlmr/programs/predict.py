@@ -95,8 +95,7 @@ def read_chunks(arguments: argparse.Namespace) -> Chunks:
     if arguments.sentences:
         return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
     if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
-        fix = "give them as arguments, one per line on standard input, or in a file with --input"
-        raise UserError(f"no sentences: {fix}")
+        raise UserError("no sentences: give them as arguments, as lines of standard input, or in a file with --input")
     return available_lines(sys.stdin.buffer)
 
 

@@ -98,8 +98,7 @@ def linear_probe(config: Config) -> float:
 def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarray]:
     """Return the config, its task and training rows, and the number of each row's fold, int64 [rows], from 1."""
     if config.dev_file or config.dev_share or config.eval_file:
-        others = "--dev-file, --dev-share and --eval-file"
-        raise UserError(f"--folds evaluates on parts of the training rows; leave out {others}")
+        raise UserError("--folds evaluates on training rows; leave out --dev-file, --dev-share and --eval-file")
     files = [str(file) for file in find_files(config)[0]["train"]]
     task, splits = inspect_splits(dataclasses.replace(config, data_dir=None, train_file=files, test_file=[]))
     rows = list(splits["train"].rows(task))

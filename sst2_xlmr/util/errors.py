@@ -24,7 +24,7 @@ class UserError(Exception):
     # Every rank raises it, and rank 0 reports it. If neither flag is set, local rank 0 of each node reports it.
     on_all_ranks: bool = False
     on_this_rank: bool = False  # only this rank raises it, and reports it
-    status: int = 2  # with which the program ends
+    status: int = 2  # with which the program ends; HTTP's for a request that is refused
     column_option: str = ""  # the option, if any, that must name another column
 
 
