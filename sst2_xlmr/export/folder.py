@@ -16,9 +16,8 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.data.rows import PHRASES
 from sst2_xlmr.evaluation.metrics import describe_calibration
-from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import SIZES, TOKENIZER_NAME, EncoderFolder
-from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model, tokenizer_json
 from sst2_xlmr.model.weights import to_hugging_face
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.state import TrainState
