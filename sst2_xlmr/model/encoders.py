@@ -81,8 +81,8 @@ class EncoderFolder:
 
 
 def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
-    """Return the encoder with only its lowest layers, and without its head, which needs the last layer."""
-    if layers == encoder.shape.layers:
+    """Return the encoder with only its lowest layers (0: all), and without its head, which needs the last layer."""
+    if layers in (0, encoder.shape.layers):
         return encoder
     shape = replace(encoder.shape, layers=layers)
     return replace(encoder, shape=shape, label_names=None, cut_from=encoder.shape.layers)

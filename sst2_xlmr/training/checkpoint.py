@@ -59,7 +59,7 @@ def save_checkpoint(
     def finish() -> None:
         with disk_errors(f"the checkpoint {target}", unfinished):
             files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
-            (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
+            (unfinished / "manifest.json").write_text(_json(files), encoding="utf-8")
             put_in_place(unfinished, target)
             manifests = sorted(folder.glob("step-????????/manifest.json"))
             # Those of later steps are damaged, or the run would have resumed from them: they do not count.
@@ -75,8 +75,7 @@ def save_checkpoint(
             for name in tensors:
                 write_tensors(tensors[name], unfinished / f"{name}.safetensors")
             for name, content in (("state", values), ("config", dataclasses.asdict(config))):
-                text = json.dumps(content, indent=2, ensure_ascii=False)
-                (unfinished / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                (unfinished / f"{name}.json").write_text(_json(content), encoding="utf-8")
             size = sum(file.stat().st_size for file in unfinished.iterdir())
         background_writer.submit(finish)
         return size, time.monotonic() - started
@@ -84,9 +83,9 @@ def save_checkpoint(
     return on_rank0(world, write)
 
 
-def _manifest(files: Any) -> str:
-    """Return the text of a manifest; one that differs from it in any byte is damaged."""
-    return json.dumps(files, indent=2) + "\n"
+def _json(content: Any) -> str:
+    """Return the text of a JSON file; a manifest that differs from it in any byte is damaged."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def find_damage(checkpoint: Path) -> str:
@@ -96,7 +95,7 @@ def find_damage(checkpoint: Path) -> str:
     try:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         files = json.loads(text)
-        if text != _manifest(files) or not files.keys() >= {*_FILES}:
+        if text != _json(files) or not files.keys() >= {*_FILES}:
             return "manifest.json is damaged"
         for name, entry in files.items():
             file = checkpoint / name
