@@ -1,7 +1,5 @@
 """A trained model for use in Python; see `sst2_xlmr.load`."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys
@@ -58,7 +56,7 @@ class Classifier:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def load(cls, folder: Folder, precision: str = "auto", device: Device = "auto") -> Classifier:
+    def load(cls, folder: Folder, precision: str = "auto", device: Device = "auto") -> "Classifier":
         """Load a trained model's folder; UserError if the folder, its weights, precision or device cannot be used.
 
         The device is auto, cpu, cuda or a torch.device; the precision is auto, bf16, fp32, or int8 on a CPU. If int8 is
@@ -85,7 +83,7 @@ class Classifier:
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
     @classmethod
-    def load_ensemble(cls, folders: Sequence[Folder], precision: str = "auto", device: Device = "auto") -> Classifier:
+    def load_ensemble(cls, folders: Sequence[Folder], precision: str, device: Device) -> "Classifier":
         """Load models as one that averages probabilities and thresholds; UserError if labels or tokenization differ."""
         members = [cls.load(folder, precision, device) for folder in folders]
         first, signatures = members[0], []

@@ -1,7 +1,5 @@
 """Token cache on disk: ids, labels and text digests of a file's rows, computed once per version of the file."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -59,7 +57,7 @@ class TokenCache:
         before = np.concatenate([[0], np.cumsum(window_starts(self.ids))])  # the windows before each token
         return np.asarray((before[self.starts + self.lengths] - before[self.starts]).clip(1))
 
-    def part(self, rows: np.ndarray) -> TokenCache:
+    def part(self, rows: np.ndarray) -> "TokenCache":
         """Return a cache of the given rows, int64, ascending."""
         arrays = {name: array[rows] for name in _PER_ROW if (array := getattr(self, name)) is not None}
         digest = hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest()

@@ -142,7 +142,6 @@ def evaluate(
     """
     # Each rank takes a part of every batch, perhaps none, so that all have the same number of batches.
     batches = list(length_sorted_batches(cache.lengths, batch_tokens, world.world_size))
-
     own = [batch[world.rank :: world.world_size] for batch in batches]
 
     def compute(rows: np.ndarray) -> torch.Tensor:

@@ -17,12 +17,13 @@ from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.data.rows import PHRASES
 from sst2_xlmr.evaluation.metrics import describe_calibration
 from sst2_xlmr.model.encoders import SIZES, TOKENIZER_NAME, EncoderFolder
+from sst2_xlmr.model.tokenizer import CUT
 from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model, tokenizer_json
 from sst2_xlmr.model.weights import to_hugging_face
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, put_in_place, scratch_name, write_errors
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
@@ -73,10 +74,10 @@ def write_folder(
     unfinished, last = scratch_name(folder), {}
 
     def rename() -> None:
-        with disk_errors(f"the model to {folder}", unfinished):
+        with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
             put_in_place(unfinished, folder)
 
-    with disk_errors(f"the model to {folder}", unfinished):
+    with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         write_all_but_weights(unfinished, encoder, card, dtype)
         if (temperature, offset) != (1, 0):
@@ -105,8 +106,7 @@ def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype
 
 def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    names = encoder.label_names
-    assert names is not None
+    names = encoder.label_names or []
     return {
         "architectures": ["XLMRobertaForSequenceClassification"],
         "model_type": "xlm-roberta",
@@ -115,7 +115,10 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
         "type_vocab_size": 1,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
-        **encoder.settings,
+        **encoder.dropouts,
+        **({} if encoder.text_pairs is None else {"text_pairs": encoder.text_pairs}),
+        **({"thresholds": list(encoder.thresholds)} if encoder.thresholds else {}),
+        **({} if encoder.long_texts == CUT else dict(zip(("long_texts", "stride"), encoder.long_texts))),
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,

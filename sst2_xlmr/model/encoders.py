@@ -69,16 +69,6 @@ class EncoderFolder:
         """The weights' file, or its shards."""
         return weight_shards(self.weights_file)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The entries of config.json for dropout, the form of the input, and thresholds."""
-        return {
-            **self.dropouts,
-            **({} if self.text_pairs is None else {"text_pairs": self.text_pairs}),
-            **({"thresholds": list(self.thresholds)} if self.thresholds else {}),
-            **({} if self.long_texts == CUT else dict(zip(("long_texts", "stride"), self.long_texts))),
-        }
-
 
 def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
     """Return the encoder with only its lowest layers (0: all), and without its head, which needs the last layer."""

@@ -22,7 +22,7 @@ from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
-from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, read_errors, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, put_in_place, read_errors, scratch_name, write_errors
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
@@ -57,7 +57,7 @@ def save_checkpoint(
     unfinished = scratch_name(target)
 
     def finish() -> None:
-        with disk_errors(f"the checkpoint {target}", unfinished):
+        with write_errors(f"the checkpoint {target}", unfinished, is_resumable=True):
             files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
             (unfinished / "manifest.json").write_text(_json(files), encoding="utf-8")
             put_in_place(unfinished, target)
@@ -70,7 +70,7 @@ def save_checkpoint(
 
     def write() -> tuple[int, float]:
         background_writer.wait()
-        with disk_errors(f"the checkpoint {target}", unfinished):
+        with write_errors(f"the checkpoint {target}", unfinished, is_resumable=True):
             unfinished.mkdir(parents=True)
             for name in tensors:
                 write_tensors(tensors[name], unfinished / f"{name}.safetensors")

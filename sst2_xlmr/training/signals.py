@@ -1,7 +1,5 @@
 """Stopping on a signal: it sets a flag, and all ranks agree on the step after which they stop."""
 
-from __future__ import annotations
-
 import signal
 from types import FrameType
 from typing import Any
@@ -23,7 +21,7 @@ class StopRequest:
         self._pending_vote: Any = None
         self._former_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._former_handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 

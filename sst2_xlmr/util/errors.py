@@ -70,7 +70,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             raise
         fix = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
         _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {fix}"))
-    except PermissionError as error:  # while reading; `disk_errors` handles writing
+    except PermissionError as error:  # while reading; `write_errors` handles writing
         if error.filename is None:
             raise
         _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another path"))
