@@ -70,14 +70,15 @@ def added_tokens(file: Path) -> list[AddedToken]:
     return [token for token in tokens if token.content not in (*SPECIAL_TOKENS, MASK)]
 
 
-def check_settings(file: Path) -> None:
-    """Raise UserError for an unsupported setting in a tokenizer's folder."""
+def checked_settings(file: Path) -> dict[str, Any]:
+    """Return a tokenizer's `tokenizer_config.json`, {} if there is none; UserError for an unsupported setting."""
     settings = _read(file.parent / SETTINGS_NAME)
     for key, value in (("do_lower_case", False), ("truncation_side", "right")):
         if settings.get(key, value) != value:
             fix = f"change the texts in your files instead, and set it to {json.dumps(value)}"
             raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, which is unsupported; {fix}")
     _steps(_read(file.with_name(JSON_NAME)), file.with_name(JSON_NAME))
+    return settings
 
 
 def tokenizer_digest(file: Path) -> str:

@@ -240,7 +240,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
         start = next((n for n in range(first, last) if not shards.shard_file(folder, n).is_file()), last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
-        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_rank0)
+        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=world.rank > 0)
         for number, (_, predictions) in enumerate(predicted, start):
             with write_errors(folder):
                 write_text(shards.shard_file(folder, number), json.dumps(predictions))

@@ -139,7 +139,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
         vocabulary.unused_rows_factor = values["vocabulary"]["decay"]
         weights, moments, saved, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
         vocabulary.adapt_checkpoint(weights, moments, saved["ids"], optimizer.weights()[EMBEDDING][:])
-        optimizer.load(weights, moments, state.updates)
+        optimizer.load(weights, moments, state.step - state.skipped)
         seed_rank(seed + state.step, world.rank)
         if values["world_size"] == world.world_size:
             torch.set_rng_state(random[f"cpu.{world.rank}"])

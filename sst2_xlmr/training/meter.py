@@ -33,7 +33,7 @@ class TrainMeter:
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # stays non-finite after any non-finite norm
-        rank_0 = float(self._world.is_rank0)  # the totals count once
+        rank_0 = float(self._world.rank == 0)  # the totals count once
         as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
         self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
 
