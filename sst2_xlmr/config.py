@@ -13,7 +13,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 # Annotations that say how an option's value is parsed (see `TYPES`); `list[...]` takes several values.
 FilePath = str
-NamedFile = str  # NAME=FILE
 CommaSeparated = list  # of str, given as one argument; see `parse_label_names`
 
 
@@ -194,7 +192,7 @@ changeable = functools.partial(option, is_changeable=True)
 optional = functools.partial(option, None)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """A run's options. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
@@ -203,7 +201,7 @@ class Config:
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
     dev_share: float | None = optional("P: share of each class set aside as dev (no dev file: 0.1)", above(0, 0.9))
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
-    eval_file: list[NamedFile] = changeable([], "NAME=FILE: more labelled rows to evaluate on", _check_eval_files)
+    eval_file: list[FilePath] = changeable([], "NAME=FILE: more labelled rows to evaluate on", _check_eval_files)
     text_column: list[str] | None = optional("NAME|N: one or more columns with the text (default: sentence or text)")
     text_pair_column: str | None = optional("NAME|N: column with the second text, if rows are pairs of texts")
     label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")

@@ -5,7 +5,6 @@ Only the current row is in memory, except for a JSON document. containers.py rea
 
 import contextlib
 import csv
-import functools
 import gzip
 import io
 import json
@@ -86,7 +85,7 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     try:
         with io.TextIOWrapper(file, codec, "surrogateescape", newline) as text:
-            for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
+            for number, line in enumerate(iter(lambda: text.readline(MAX_CHARACTERS + 1), ""), 1):
                 if len(line) > MAX_CHARACTERS:
                     raise UserError(f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a table?")
                 if "\0" in line:

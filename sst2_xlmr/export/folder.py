@@ -71,7 +71,7 @@ def write_folder(
     divided by the temperature (see evaluation/calibration), then the offset is added, both in the last layer. `finish`
     runs the last part, syncing and renaming, now or later (`BackgroundWriter.submit`).
     """
-    unfinished, last = scratch_name(folder), {}
+    unfinished = scratch_name(folder)
 
     def rename() -> None:
         with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
@@ -80,10 +80,9 @@ def write_folder(
     with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         write_all_but_weights(unfinished, encoder, card, dtype)
-        if (temperature, offset) != (1, 0):
-            for name, added in zip(LAST_LAYER, (0.0, offset)):
-                last[name] = weights[name][:] / temperature + added
-        write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
+        weight, bias = (weights[name][:] / temperature for name in LAST_LAYER)
+        scaled = {**weights, **dict(zip(LAST_LAYER, (weight, bias + offset)))}
+        write_tensors(to_hugging_face(scaled), unfinished / "model.safetensors")
     finish(rename)
 
 

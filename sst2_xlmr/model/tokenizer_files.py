@@ -28,7 +28,6 @@ NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece.Type
 # NFKC would turn U+FF5E into "~", unlike SentencePiece's rules, so it is replaced by a noncharacter meanwhile.
 WIDE_TILDE, PLACEHOLDER = "\uff5e", "\ufdd0"
 _KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, PLACEHOLDER))}
-_TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
 # A subset of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 _SCHEMA = """
 name: "model.proto"
@@ -111,7 +110,7 @@ def _from_json(file: Path) -> bytes:
     if len(metaspaces) != 1 or metaspaces[0].get("prepend_scheme", "always") == "never":
         _refuse(file, "its pre_tokenizer is not Metaspace with a space before every text")
     post = content.get("post_processor") or {}
-    for name, expected in _TEMPLATES.items():
+    for name, expected in (("single", "<s>A</s>"), ("pair", "<s>A</s></s>B</s>")):
         template = "".join(part["id"] for entry in post.get(name, []) for part in entry.values())
         if template != expected and post.get("type") != "RobertaProcessing":
             _refuse(file, f"its post_processor makes {template or 'nothing'} of a {name}, not {expected}")

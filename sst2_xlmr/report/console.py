@@ -75,12 +75,10 @@ class Report:
     `say`, `say_*`, `advance` and `close` never raise: a closed console does not stop a run.
     """
 
-    def __init__(
-        self, inputs: Inputs, state: TrainState, folder: Path, total_steps: int, rewritten_splits: list[str]
-    ) -> None:
+    def __init__(self, inputs: Inputs, state: TrainState, folder: Path, total_steps: int, rewritten: list[str]) -> None:
         """Open the outputs in a claimed folder, to continue after the state's step; UserError if that fails.
 
-        Metrics that a run has logged later are dropped, and at this step those of the splits in `rewritten_splits`.
+        Metrics that a run has logged later are dropped, and at this step those of the splits in `rewritten`.
         """
         config, first_step = inputs.config, state.step
         self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
@@ -88,7 +86,7 @@ class Report:
         path = folder / "metrics.jsonl"
         purge_step = first_step + 1 if path.exists() else None
         with write_errors(path):
-            drop_metrics(path, first_step, rewritten_splits)
+            drop_metrics(path, first_step, rewritten)
             self._metrics = path.open("a", encoding="utf-8")
         path = Path(config.tensorboard_dir or folder / "tensorboard")
         with write_errors(path):

@@ -5,7 +5,6 @@ written under another name, synced to disk and renamed; without a valid manifest
 the tensors are written; digests, syncing and renaming follow on a background thread.
 """
 
-import dataclasses
 import json
 import shutil
 import time
@@ -51,7 +50,7 @@ def save_checkpoint(
         "vocabulary": {"ids": vocabulary.ids},
         "random": {name: state for own in gather_objects(world, random) for name, state in own.items()},
     }
-    values = {"state": dataclasses.asdict(state), "meter": meter.totals, "world_size": world.world_size}
+    values = {"state": vars(state), "meter": meter.totals, "world_size": world.world_size}
     values["vocabulary"] = {"decay": vocabulary.unused_rows_factor}
     target = folder / f"step-{state.step:08d}"
     unfinished = scratch_name(target)
@@ -74,7 +73,7 @@ def save_checkpoint(
             unfinished.mkdir(parents=True)
             for name in tensors:
                 write_tensors(tensors[name], unfinished / f"{name}.safetensors")
-            for name, content in (("state", values), ("config", dataclasses.asdict(config))):
+            for name, content in (("state", values), ("config", vars(config))):
                 (unfinished / f"{name}.json").write_text(_json(content), encoding="utf-8")
             size = sum(file.stat().st_size for file in unfinished.iterdir())
         background_writer.submit(finish)

@@ -1,7 +1,6 @@
 """Stopping on a signal: it sets a flag, and all ranks agree on the step after which they stop."""
 
 import signal
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class StopRequest:
         if self._pending_vote is not None and kind is None:
             self._pending_vote.wait()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, _: object) -> None:
         self.signal = self.signal or number
 
     def vote(self) -> bool:
