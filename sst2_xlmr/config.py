@@ -13,7 +13,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 # Annotations that say how an option's value is parsed (see `TYPES`); `list[...]` takes several values.
 FilePath = str
-NamedFile = str  # NAME=FILE
 CommaSeparated = list  # of str, given as one argument; see `parse_label_names`
 
 
@@ -194,7 +192,7 @@ changeable = functools.partial(option, is_changeable=True)
 optional = functools.partial(option, None)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """A run's options. Field `some_name` is option `--some-name` and key `some_name` of `config.json`."""
 
@@ -203,16 +201,14 @@ class Config:
     dev_file: FilePath | None = changeable(None, "FILE: rows to evaluate on during training; overrides --data-dir")
     dev_share: float | None = optional("P: share of each class set aside as dev (no dev file: 0.1)", above(0, 0.9))
     test_file: list[FilePath] = changeable([], "FILE: labelled rows to evaluate on at the end, one or more files")
-    eval_file: list[NamedFile] = changeable([], "NAME=FILE: more labelled rows to evaluate on", _check_eval_files)
+    eval_file: list[FilePath] = changeable([], "NAME=FILE: more labelled rows to evaluate on", _check_eval_files)
     text_column: list[str] | None = optional("NAME|N: one or more columns with the text (default: sentence or text)")
     text_pair_column: str | None = optional("NAME|N: column with the second text, if rows are pairs of texts")
     label_column: str = option("label", "NAME|N: column with the label, by name or number from 1")
     label_columns: list[str] | None = optional("NAME|N: one column per label, instead of --label-column")
     label_delimiter: str | None = optional("TEXT: text between several labels in a cell (default: , ; or |)")
     weight_column: str | None = optional("NAME|N: column with a training row's weight in the loss (0: left out)")
-    task: str = option(
-        "auto", "NAME: auto (by the labels), single-label, multi-label or regression", one_of(*TASK_NAMES)
-    )
+    task: str = option("auto", "NAME: auto (by the labels), single-label, multi-label, regression", one_of(*TASK_NAMES))
     columns: list[str] = option([], "SPLIT:KEY=VALUE,...: options of one split: dev:label=gold", _check_columns)
     format: str | None = optional(f"NAME: file format: {', '.join(FORMATS)} (default: detected)", one_of(*FORMATS))
     delimiter: str | None = optional("NAME: tab, comma, semicolon, bar or other (default: detected)", _check_delimiter)
@@ -247,9 +243,7 @@ class Config:
     label_smoothing: float = option(0.0, "P: probability mass spread evenly over all classes", between(0, 1, False))
     skip_nonfinite: int = changeable(0, "N: skip up to N non-finite gradients in a row (0: stop)", at_least(0))
     class_weights: str | None = optional("balanced|W0,W1,...: loss weight of each class", _check_class_weights)
-    threshold_for: str | None = optional(
-        "f1|precision=P|recall=R: aim of the thresholds (default: f1)", _check_threshold
-    )
+    threshold_for: str | None = optional("f1|precision=P|recall=R: the thresholds' aim (default: f1)", _check_threshold)
     calibrate: bool = option(False, "divide the written model's logits by a temperature fitted on dev")
     seed: int = option(0, "N: seed for row order, new head and dropout", between(0, 2**31 - 1))
 
@@ -263,9 +257,7 @@ class Config:
     timeout_minutes: float = changeable(10.0, "MIN: silence until a process is considered lost", above(0))
 
     output_dir: FilePath | None = changeable(None, "DIR: the run's folder (default: runs/ and the start time)")
-    eval_every: int | None = optional(
-        "N: evaluate every N steps of an epoch, and at its end (0: only then)", at_least(0)
-    )
+    eval_every: int | None = optional("N: evaluate every N steps of an epoch, and after it (0: only then)", at_least(0))
     eval_batch_tokens: int = option(EVAL_BATCH_TOKENS, "TOKENS: tokens per forward pass in evaluation", at_least(1))
     best_by: str | None = optional("METRIC|NAME|mean: selects best/: a metric on dev, an --eval-file, or the mean")
     early_stopping_patience: int = option(0, "N: stop after N evaluations without a better one (0: never)", at_least(0))

@@ -37,10 +37,8 @@ def find_label_names(labels: Mapping[str, Sequence[int]], path: object) -> list[
             first_lines.setdefault(canonical(raw), line)
     numbers = sorted(int(label) for label in first_lines if _INTEGER.fullmatch(label))
     is_from_0 = numbers[:2] == [-1, 0] or (numbers[:2] == [-1, 1] and len(numbers) > 3)
-    if numbers == [-1] or (
-        is_from_0 and len(numbers) == len(first_lines)
-    ):  # it means no label: beside words, or before 0, 1, ...
-        del first_lines["-1"]
+    if numbers == [-1] or (is_from_0 and len(numbers) == len(first_lines)):
+        del first_lines["-1"]  # it means no label: beside words, or before 0, 1, ...
     _check_one_each(first_lines, path)
     integers = [label for label in sorted(first_lines) if _INTEGER.fullmatch(label)]
     words = sorted(first_lines.keys() - integers)

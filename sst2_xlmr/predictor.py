@@ -1,7 +1,5 @@
 """A trained model for use in Python; see `sst2_xlmr.load`."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys
@@ -58,7 +56,7 @@ class Classifier:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def load(cls, folder: Folder, precision: str = "auto", device: Device = "auto") -> Classifier:
+    def load(cls, folder: Folder, precision: str = "auto", device: Device = "auto") -> "Classifier":
         """Load a trained model's folder; UserError if the folder, its weights, precision or device cannot be used.
 
         The device is auto, cpu, cuda or a torch.device; the precision is auto, bf16, fp32, or int8 on a CPU. If int8 is
@@ -80,13 +78,12 @@ class Classifier:
             trim_malloc()
             if module is not None:
                 return cls(folder, module, tokenizer, task, precision, device)
-            lacks = "int8 needs a CPU with AVX512-VNNI, Linux and GCC"
-            print(f"warning: {lacks}: computing in {plain} instead", file=sys.stderr)
+            print(f"warning: int8 needs a CPU with AVX512-VNNI, Linux and GCC: computing in {plain}", file=sys.stderr)
         classifier, tokenizer, task = load_classifier(folder, device, plain == "bf16")
         return cls(folder, prediction_model(classifier), tokenizer, task, plain, device)
 
     @classmethod
-    def load_ensemble(cls, folders: Sequence[Folder], precision: str = "auto", device: Device = "auto") -> Classifier:
+    def load_ensemble(cls, folders: Sequence[Folder], precision: str, device: Device) -> "Classifier":
         """Load models as one that averages probabilities and thresholds; UserError if labels or tokenization differ."""
         members = [cls.load(folder, precision, device) for folder in folders]
         first, signatures = members[0], []
@@ -147,5 +144,4 @@ class Classifier:
     def check_finite(self, values: np.ndarray | float) -> None:
         """Raise UserError for numbers that are not finite: the model is damaged."""
         if not np.isfinite(values).all():
-            fix = "train it again, or use another model"
-            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); {fix}")
+            raise UserError(f"{self.folder}: the model's outputs are not finite (NaN); train it again, or use another")

@@ -738,8 +738,7 @@ class Regression(_Common):
         return {}
 
     def describe_labels(self, labels: np.ndarray) -> str:
-        moments = f"mean {labels.mean():.4g}, std {labels.std():.4g}"
-        return f"scores from {labels.min():g} to {labels.max():g}, {moments}"
+        return f"scores from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}, std {labels.std():.4g}"
 
     def for_training(self, config: Config, labels: np.ndarray, weights: Weights, device: torch.device) -> Regression:
         mean = float(np.average(labels.astype(np.float64), weights=weights))
@@ -820,9 +819,7 @@ class Regression(_Common):
     def is_near_constant_baseline(self, probabilities: np.ndarray, labels: np.ndarray) -> bool:
         return metric.pearson(probabilities[:, 0], labels) < 0.2
 
-    card_note = (
-        "The one output is a score in the training file's scale: in transformers' pipeline, `function_to_apply='none'`."
-    )
+    card_note = "The output is a score in the file's scale; transformers' pipeline needs `function_to_apply='none'`."
 
     def append_to_onnx(self, add: Callable[..., str], logits: str) -> dict[str, tuple[str, str, list[int]]]:
         return {"score": (logits, "FLOAT", [1])}

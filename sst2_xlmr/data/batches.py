@@ -1,7 +1,5 @@
 """Ids to global batches of rows of similar length, in an order that depends on seed and epoch alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ class MicroBatch(NamedTuple):
     global_weight: float = 0.0  # sum of the row weights over the global batch
     windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> "MicroBatch":
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
         weights = None if self.row_weights is None else self.row_weights.to(device, non_blocking=True)
         return self._replace(ids=ids, labels=labels, row_weights=weights)

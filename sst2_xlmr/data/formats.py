@@ -5,7 +5,6 @@ Only the current row is in memory, except for a JSON document. containers.py rea
 
 import contextlib
 import csv
-import functools
 import gzip
 import io
 import json
@@ -76,8 +75,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
             yield file, name
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
         kind = "zip" if isinstance(error, zipfile.BadZipFile) else "gzip"
-        fix = "truncated, damaged or misnamed; fetch it again"
-        raise UserError(f"{path} is not a complete {kind} file: {fix}") from None
+        raise UserError(f"{path} is not a complete {kind} file: cut, damaged or misnamed; fetch it again") from None
     except (OSError, RuntimeError) as error:  # zipfile's RuntimeError: a password, or an unknown compression
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', '') or error}") from None
 
@@ -87,10 +85,9 @@ def decoded_lines(file: BinaryIO, name: object, encoding: str = "utf-8", newline
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     try:
         with io.TextIOWrapper(file, codec, "surrogateescape", newline) as text:
-            for number, line in enumerate(iter(functools.partial(text.readline, MAX_CHARACTERS + 1), ""), 1):
+            for number, line in enumerate(iter(lambda: text.readline(MAX_CHARACTERS + 1), ""), 1):
                 if len(line) > MAX_CHARACTERS:
-                    problem = f"longer than {MAX_CHARACTERS:,} characters; is it a file of rows?"
-                    raise UserError(f"{name}, line {number}: {problem}")
+                    raise UserError(f"{name}, line {number}: longer than {MAX_CHARACTERS:,} characters; is it a table?")
                 if "\0" in line:
                     fix = "remove it: tr -d '\\0' < FILE > NEW, or, if the file is UTF-16, use --encoding utf-16-le"
                     raise UserError(f"{name}, line {number}: has a NUL character; {fix}")

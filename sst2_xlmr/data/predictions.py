@@ -109,8 +109,7 @@ def glue_label_ids(label_names: Sequence[str]) -> dict[str, int]:
     """Return label name -> GLUE's id for SST-2; UserError for other classes."""
     ids = {name: GLUE_LABEL_IDS[name] for name in label_names if name in GLUE_LABEL_IDS}
     if len(label_names) != 2 or set(ids.values()) != {0, 1}:
-        theirs = f"the model's classes are {listed(label_names)}"
-        raise UserError(f"--glue-submission: {theirs}, those of SST-2 negative and positive")
+        raise UserError(f"--glue-submission: the model's classes are {listed(label_names)}, not negative and positive")
     return ids
 
 

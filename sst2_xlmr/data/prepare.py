@@ -141,8 +141,7 @@ def prepare(config: Config, quiet: bool = False) -> Inputs:
         check_sizes(config, encoders.BUNDLE_SHAPES[config.encoder])
     encoder = encoders.find_encoder(config.encoder, quiet)
     check_sizes(config, encoder.shape)
-    if config.layers:
-        encoder = encoders.lowest_layers(encoder, config.layers)
+    encoder = encoders.lowest_layers(encoder, config.layers)
     settings = encoder.tokenizer_file, config.max_length, long_texts_of(config)
     load = functools.lru_cache(maxsize=1)(Tokenizer)
     labelled = [(name, split) for name, split in splits.items() if split.is_labelled]

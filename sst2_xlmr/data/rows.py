@@ -315,8 +315,9 @@ class Inspection:
         Labels must be classes of the task. `task` is None until the labels are known; `names` are then labels that are
         valid even if they look like missing ones.
         """
-        self._check_encoding(path)
         labels, problems = self.labels, dict(self.problems)
+        if CHARACTERS in problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
+            check_encoding(path, problems[CHARACTERS][1])
         missing, unknown, error = [], 0, None
         for label, (count, line) in labels.items():
             is_missing = label in MISSING and label not in names
@@ -356,11 +357,6 @@ class Inspection:
         elif CHARACTERS in problems:
             fix += f"; they contain half a character, NUL, or bytes that are not {self.layout.encoding}"
         return UserError(f"{path}, line {min(lines)}: {rows} cannot be used: {kinds}; {fix}")
-
-    def _check_encoding(self, path: Path) -> None:
-        """Raise UserError if rows are unusable because the file is not UTF-8."""
-        if CHARACTERS in self.problems and self.layout.encoding == "utf-8" and self.layout.format not in READERS:
-            check_encoding(path, self.problems[CHARACTERS][1])
 
     @property
     def is_unlabelled(self) -> bool:

@@ -1,7 +1,5 @@
 """Token cache on disk: ids, labels and text digests of a file's rows, computed once per version of the file."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -59,7 +57,7 @@ class TokenCache:
         before = np.concatenate([[0], np.cumsum(window_starts(self.ids))])  # the windows before each token
         return np.asarray((before[self.starts + self.lengths] - before[self.starts]).clip(1))
 
-    def part(self, rows: np.ndarray) -> TokenCache:
+    def part(self, rows: np.ndarray) -> "TokenCache":
         """Return a cache of the given rows, int64, ascending."""
         arrays = {name: array[rows] for name in _PER_ROW if (array := getattr(self, name)) is not None}
         digest = hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest()
@@ -68,23 +66,20 @@ class TokenCache:
 
 def tokenize_files(
     paths: list[Path],
-    tokenizer_settings: tuple[Path, int, LongTexts],
+    settings: tuple[Path, int, LongTexts],
     read_options: ReadOptions,
     task: Task,
     load: Callable[[Path, int, LongTexts], Tokenizer] = Tokenizer,
 ) -> TokenCache:
     """Return the token cache of one or more files, as if they were concatenated.
 
-    It is computed once, with the tokenizer that `load` returns for its settings (file, maximum length, long texts), and
+    It is computed once, with the tokenizer that `load` returns for `settings` (file, maximum length, long texts), and
     then read from disk; all parameters except `load` are part of the cache key. UserError for a bad row (see
     `rows.read_rows`), a file that changes while it is read, or a cache folder that is not writable.
     """
-    tokenizer_file, *settings = tokenizer_settings
     of_labels = task.problem_type, replace(task, thresholds=())
-    inputs = read_options, tokenizer_digest(tokenizer_file), settings, of_labels
-    return _cached(
-        paths, inputs, lambda to: _write_cache(to, paths, load(*tokenizer_settings), read_options, task), _open_cache
-    )
+    inputs = read_options, tokenizer_digest(settings[0]), settings[1:], of_labels
+    return _cached(paths, inputs, lambda to: _write_cache(to, paths, load(*settings), read_options, task), _open_cache)
 
 
 def cached_inspection(path: Path, read_options: ReadOptions) -> Inspection:

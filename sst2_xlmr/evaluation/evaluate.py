@@ -82,9 +82,7 @@ def _workers(threads: int) -> futures.ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has no threads
 
 
-def on_all_cores(
-    work: Callable[[np.ndarray], Any], batches: list[np.ndarray], device: torch.device
-) -> Generator[Any, None, None]:
+def on_all_cores(work: Callable[..., Any], batches: list[np.ndarray], device: torch.device) -> Generator[Any]:
     """Yield `work(batch)` for every batch, in order.
 
     On a CPU, each core computes whole batches: threads that share a batch wait for one another, which is slow when
@@ -142,7 +140,6 @@ def evaluate(
     """
     # Each rank takes a part of every batch, perhaps none, so that all have the same number of batches.
     batches = list(length_sorted_batches(cache.lengths, batch_tokens, world.world_size))
-
     own = [batch[world.rank :: world.world_size] for batch in batches]
 
     def compute(rows: np.ndarray) -> torch.Tensor:

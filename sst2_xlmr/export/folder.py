@@ -16,14 +16,14 @@ from sst2_xlmr.config import GROUPS, OPTIONS, Config, flag, named_file, shown
 from sst2_xlmr.data.prepare import Inputs, long_texts_of
 from sst2_xlmr.data.rows import PHRASES
 from sst2_xlmr.evaluation.metrics import describe_calibration
-from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import SIZES, TOKENIZER_NAME, EncoderFolder
-from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model
+from sst2_xlmr.model.tokenizer import CUT
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, sentencepiece_model, tokenizer_json
 from sst2_xlmr.model.weights import to_hugging_face
 from sst2_xlmr.task import Task
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util import versions
-from sst2_xlmr.util.files import BackgroundWriter, disk_errors, put_in_place, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, put_in_place, scratch_name, write_errors
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 CARD_NAME = "README.md"
@@ -71,19 +71,18 @@ def write_folder(
     divided by the temperature (see evaluation/calibration), then the offset is added, both in the last layer. `finish`
     runs the last part, syncing and renaming, now or later (`BackgroundWriter.submit`).
     """
-    unfinished, last = scratch_name(folder), {}
+    unfinished = scratch_name(folder)
 
     def rename() -> None:
-        with disk_errors(f"the model to {folder}", unfinished):
+        with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
             put_in_place(unfinished, folder)
 
-    with disk_errors(f"the model to {folder}", unfinished):
+    with write_errors(f"the model to {folder}", unfinished, is_resumable=True):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         write_all_but_weights(unfinished, encoder, card, dtype)
-        if (temperature, offset) != (1, 0):
-            for name, added in zip(LAST_LAYER, (0.0, offset)):
-                last[name] = weights[name][:] / temperature + added
-        write_tensors(to_hugging_face({**weights, **last}), unfinished / "model.safetensors")
+        weight, bias = (weights[name][:] / temperature for name in LAST_LAYER)
+        scaled = {**weights, **dict(zip(LAST_LAYER, (weight, bias + offset)))}
+        write_tensors(to_hugging_face(scaled), unfinished / "model.safetensors")
     finish(rename)
 
 
@@ -106,8 +105,7 @@ def write_all_but_weights(folder: Path, encoder: EncoderFolder, card: str, dtype
 
 def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    names = encoder.label_names
-    assert names is not None
+    names = encoder.label_names or []
     return {
         "architectures": ["XLMRobertaForSequenceClassification"],
         "model_type": "xlm-roberta",
@@ -116,7 +114,10 @@ def _settings(encoder: EncoderFolder, dtype: str) -> dict[str, Any]:
         "type_vocab_size": 1,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
-        **encoder.settings,
+        **encoder.dropouts,
+        **({} if encoder.text_pairs is None else {"text_pairs": encoder.text_pairs}),
+        **({"thresholds": list(encoder.thresholds)} if encoder.thresholds else {}),
+        **({} if encoder.long_texts == CUT else dict(zip(("long_texts", "stride"), encoder.long_texts))),
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,

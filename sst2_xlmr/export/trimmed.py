@@ -46,8 +46,7 @@ def trimmed_tokenizer(model: bytes, kept: np.ndarray) -> bytes:
     """Return the SentencePiece model with only the pieces whose ids are in `kept`, int, ascending."""
     proto = model_class().FromString(model)
     if proto.trainer_spec.model_type != UNIGRAM:
-        problem = "is not a unigram model, so its pieces depend on one another"
-        raise UserError(f"the tokenizer {problem}; it cannot be trimmed")
+        raise UserError("the tokenizer cannot be trimmed: it is no unigram model, so its pieces depend on one another")
     pieces = [proto.pieces[number] for number in kept.tolist()]
     del proto.pieces[:]
     proto.pieces.extend(pieces)

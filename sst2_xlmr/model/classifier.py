@@ -32,8 +32,7 @@ def load_classifier(
         tokenizer_loading = thread.submit(Tokenizer, encoder.tokenizer_file, encoder.max_length, encoder.long_texts)
         model, _ = build_classifier(encoder, task, copy_weights=convert is None and not bf16)
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in model.parameters()):
-            not_finite = "has weights that are not finite (NaN or infinite); train it again, or use another"
-            raise UserError(f"{folder} {not_finite}")
+            raise UserError(f"{folder} has weights that are not finite (NaN, infinite); train it again, or use another")
         out = copy.deepcopy(model.head.out)
         model.requires_grad_(False).eval().to(device, torch.bfloat16 if bf16 else torch.float32)
         if bf16 and task.is_output_fp32:

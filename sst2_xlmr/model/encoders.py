@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sst2_xlmr.model.tokenizer import CUT, LongTexts
-from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, check_settings
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, checked_settings
 from sst2_xlmr.model.weights import head_outputs, weight_shards
 from sst2_xlmr.task import SingleLabel, can_predict, problem_type_of
 from sst2_xlmr.util import downloads
@@ -69,20 +69,10 @@ class EncoderFolder:
         """The weights' file, or its shards."""
         return weight_shards(self.weights_file)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The entries of config.json for dropout, the form of the input, and thresholds."""
-        return {
-            **self.dropouts,
-            **({} if self.text_pairs is None else {"text_pairs": self.text_pairs}),
-            **({"thresholds": list(self.thresholds)} if self.thresholds else {}),
-            **({} if self.long_texts == CUT else dict(zip(("long_texts", "stride"), self.long_texts))),
-        }
-
 
 def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
-    """Return the encoder with only its lowest layers, and without its head, which needs the last layer."""
-    if layers == encoder.shape.layers:
+    """Return the encoder with only its lowest layers (0: all), and without its head, which needs the last layer."""
+    if layers in (0, encoder.shape.layers):
         return encoder
     shape = replace(encoder.shape, layers=layers)
     return replace(encoder, shape=shape, label_names=None, cut_from=encoder.shape.layers)
@@ -113,17 +103,14 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
         bert = " (BERT's vocab.txt is another tokenizer)" if find(["vocab.txt"]) else ""
         fix = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
         raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{bert}; {fix}")
-    check_settings(tokenizer_file)
+    stated = checked_settings(tokenizer_file).get("model_max_length")
     weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
     if weights_file is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model folder?")
     for shard in weight_shards(weights_file):
         if find([shard.name], quiet) is None:
             raise UserError(f"{folder} has no {shard.name}, which {weights_file.name} names; fetch it again")
-    max_length = shape.positions - 2
-    if (tokenizer_file.parent / SETTINGS_NAME).is_file():
-        stated = read_json(tokenizer_file.parent / SETTINGS_NAME, "copy it again").get("model_max_length")
-        max_length = min(max_length, stated) if isinstance(stated, int) and stated > 2 else max_length
+    max_length = min(shape.positions - 2, stated if isinstance(stated, int) and stated > 2 else shape.positions)
     is_bert = settings["model_type"] == "bert"
     outputs = head_outputs(weights_file, is_bert)
     return EncoderFolder(

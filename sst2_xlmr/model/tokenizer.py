@@ -32,9 +32,7 @@ def window_starts(ids: np.ndarray) -> np.ndarray:
     return is_start
 
 
-def add_special_tokens(
-    first: list[int], second: list[int] | None, max_length: int, head_tail: bool = False
-) -> list[int]:
+def add_special_tokens(first: list[int], second: list[int] | None, max_length: int, head_tail: bool) -> list[int]:
     """Return a row's SentencePiece ids, at most `max_length`: `<s> a </s>`, or for a pair `<s> a </s></s> b </s>`.
 
     With `head_tail`, a text that is too long keeps its beginning, a quarter of the result, and its end (Sun et al.
@@ -97,7 +95,7 @@ class Tokenizer:
         if kind != "windows" or len(first) <= room:
             return add_special_tokens(first, second, self.max_length, kind == "head-tail")
         starts = [*range(0, len(first) - room, stride), len(first) - room]  # the last window ends with the text
-        return [n for start in starts for n in add_special_tokens(first[start : start + room], None, self.max_length)]
+        return [n for start in starts for n in (-1, *first[start : start + room], 1)]  # see `add_special_tokens`
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return the SentencePiece ids of each text; for an added token, its id - 1."""

@@ -1,7 +1,7 @@
 """A folder's tokenizer: a SentencePiece model, and the tokens added to it.
 
 A tokenizer.json (https://github.com/huggingface/tokenizers) is converted to a SentencePiece model, so that all forms of
-a model give the same ids.
+a model give the same ids; and a SentencePiece model to a tokenizer.json, in the format of tokenizers 0.13 and later.
 """
 
 import base64
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from sentencepiece import SentencePieceProcessor
 
 from sst2_xlmr.util.errors import UserError
 from sst2_xlmr.util.files import digest_of_input, read_errors, read_json
@@ -27,7 +28,6 @@ NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece.Type
 # NFKC would turn U+FF5E into "~", unlike SentencePiece's rules, so it is replaced by a noncharacter meanwhile.
 WIDE_TILDE, PLACEHOLDER = "\uff5e", "\ufdd0"
 _KNOWN_STEPS = {"Precompiled", "NFC", "NFKC", "Strip", *(f"Replace {c!r}" for c in (" {2,}", WIDE_TILDE, PLACEHOLDER))}
-_TEMPLATES = {"single": "<s>A</s>", "pair": "<s>A</s></s>B</s>"}
 # A subset of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 _SCHEMA = """
 name: "model.proto"
@@ -69,14 +69,15 @@ def added_tokens(file: Path) -> list[AddedToken]:
     return [token for token in tokens if token.content not in (*SPECIAL_TOKENS, MASK)]
 
 
-def check_settings(file: Path) -> None:
-    """Raise UserError for an unsupported setting in a tokenizer's folder."""
+def checked_settings(file: Path) -> dict[str, Any]:
+    """Return a tokenizer's `tokenizer_config.json`, {} if there is none; UserError for an unsupported setting."""
     settings = _read(file.parent / SETTINGS_NAME)
     for key, value in (("do_lower_case", False), ("truncation_side", "right")):
         if settings.get(key, value) != value:
             fix = f"change the texts in your files instead, and set it to {json.dumps(value)}"
             raise UserError(f"{file.parent / SETTINGS_NAME}: {key} is {settings[key]!r}, which is unsupported; {fix}")
     _steps(_read(file.with_name(JSON_NAME)), file.with_name(JSON_NAME))
+    return settings
 
 
 def tokenizer_digest(file: Path) -> str:
@@ -109,12 +110,68 @@ def _from_json(file: Path) -> bytes:
     if len(metaspaces) != 1 or metaspaces[0].get("prepend_scheme", "always") == "never":
         _refuse(file, "its pre_tokenizer is not Metaspace with a space before every text")
     post = content.get("post_processor") or {}
-    for name, expected in _TEMPLATES.items():
+    for name, expected in (("single", "<s>A</s>"), ("pair", "<s>A</s></s>B</s>")):
         template = "".join(part["id"] for entry in post.get(name, []) for part in entry.values())
         if template != expected and post.get("type") != "RobertaProcessing":
             _refuse(file, f"its post_processor makes {template or 'nothing'} of a {name}, not {expected}")
     pieces = [(token, score) for token, score in (vocab[:-1] if vocab[-1][0] == MASK else vocab)[4:]]
     return sentencepiece_proto(pieces, base64.b64decode(charsmaps[0]))
+
+
+@functools.lru_cache(maxsize=1)  # it takes a second, and a run writes it with every best model
+def tokenizer_json(file: Path) -> bytes | None:
+    """Return `tokenizer.json` for a SentencePiece file and its added tokens; None unless it is a unigram model.
+
+    With it, `transformers` and others need no other package. Texts are split exactly as by SentencePiece, unlike with
+    transformers' own conversion: `tokenizers` applies SentencePiece's rules one code point at a time, which is wrong
+    for decomposed Korean, half-width Japanese and Arabic ligatures. So NFKC is applied first, with which all but one of
+    these rules begin, and only the space separates words.
+    """
+    serialized = sentencepiece_model(file)
+    model = model_class().FromString(serialized)
+    if model.trainer_spec.model_type != UNIGRAM:
+        return None
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    # SentencePiece's own first three are <unk>, <s> and </s>.
+    vocab = [(token, 0.0) for token in SPECIAL_TOKENS] + pieces[3:] + [(MASK, 0.0)]
+    # "add_prefix_space" is for tokenizers 0.13, which does not know "prepend_scheme".
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "add_prefix_space": True}
+    space = {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = [*enumerate(SPECIAL_TOKENS), (len(vocab) - 1, MASK)]
+    added = [{**flags, "id": number, "content": token, "lstrip": token == MASK} for number, token in special]
+    added += [{**flags, **token._asdict(), "special": False} for token in added_tokens(file)]
+    begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
+    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    normalizer: dict[str, Any] | None = None
+    if charsmap := model.normalizer_spec.precompiled_charsmap:
+        normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        ligature, letters = SentencePieceProcessor(model_proto=serialized).Encode(["\ufb01", "fi"])
+        if ligature == letters:  # the rules are NFKC and more
+            swap = {"type": "Replace", "pattern": {"String": WIDE_TILDE}, "content": PLACEHOLDER}
+            back = {"type": "Replace", "pattern": {"String": PLACEHOLDER}, "content": WIDE_TILDE}
+            normalizer = {"type": "Sequence", "normalizers": [swap, {"type": "NFKC"}, normalizer, back]}
+    content = json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": normalizer,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [space, metaspace]},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [begin, first, end],
+                "pair": [begin, first, end, end, second, end],
+                "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<s>", 0), ("</s>", 2))},
+            },
+            "decoder": metaspace,
+            "model": {"type": "Unigram", "unk_id": 3, "vocab": vocab, "byte_fallback": False},
+        },
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
+    return content.encode()
 
 
 def sentencepiece_proto(pieces: Iterable[tuple[str, float]], charsmap: bytes) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sst2_xlmr.model.weights import Tensors
 from sst2_xlmr.util.tensors import LazyTensor, TensorLike
 
 EMBEDDING = "encoder.tokens.weight"
@@ -49,9 +50,7 @@ class Vocabulary:
 
         return LazyTensor(pretrained.shape, pretrained.dtype, make)
 
-    def adapt_checkpoint(
-        self, weights: dict[str, Tensor], moments: dict[str, Tensor], ids: Tensor, start: Tensor
-    ) -> None:
+    def adapt_checkpoint(self, weights: Tensors, moments: Tensors, ids: Tensor, start: Tensor) -> None:
         """Convert a checkpoint's table and moments to this vocabulary, in place: other test files may use other ids.
 
         `ids`, int64, are the ids of the checkpoint's rows; `start`, fp32 [rows, hidden], is the table before training.

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sst2_xlmr import cli
-from sst2_xlmr.cli import OneLineParser, add_options, positive, with_files
+from sst2_xlmr.cli import OneLineParser, add_options, positive, train_parser, with_files
 from sst2_xlmr.config import ABSTAINED, COLUMN_OPTIONS, EVAL_BATCH_TOKENS, PRECISIONS, TEXT_OPTIONS, check_values
 from sst2_xlmr.data.formats import KINDS, or_list
 from sst2_xlmr.util.downloads import BUNDLE_URLS, cache_dir
@@ -204,4 +203,4 @@ def refuse_wrong_flags(program: str, words: list[str]) -> None:
     if program != "train":
         parse(program, words)
     elif all(Path(word[1:]).is_file() for word in words if word.startswith("@")):  # a pipe can be read only once
-        cli.train_parser().parse_args(with_files(words))
+        train_parser().parse_args(with_files(words))

@@ -95,8 +95,7 @@ def read_chunks(arguments: argparse.Namespace) -> Chunks:
     if arguments.sentences:
         return iter([[sentence("sentence", *numbered) for numbered in enumerate(arguments.sentences, 1)]])
     if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
-        fix = "give them as arguments, one per line on standard input, or in a file with --input"
-        raise UserError(f"no sentences: {fix}")
+        raise UserError("no sentences: give them as arguments, as lines of standard input, or in a file with --input")
     return available_lines(sys.stdin.buffer)
 
 
@@ -241,7 +240,7 @@ def predict_file(arguments: argparse.Namespace, world: distributed.World) -> Non
         start = next((n for n in range(first, last) if not shards.shard_file(folder, n).is_file()), last)
         chunks = itertools.islice(read_chunks(arguments), start, last)
         total, done = sum(sizes[first:last]), sum(sizes[first:start])
-        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=not world.is_rank0)
+        predicted = with_progress(classify(arguments, classifier, chunks), total, done, quiet=world.rank > 0)
         for number, (_, predictions) in enumerate(predicted, start):
             with write_errors(folder):
                 write_text(shards.shard_file(folder, number), json.dumps(predictions))

@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -42,13 +41,6 @@ REQUESTS = {status: f'sst2_xlmr_requests_total{{status="{status}"}}' for status 
 COUNTERS = np.dtype([(name, np.float64) for name in (WAITING, TEXTS, SECONDS, *REQUESTS.values())])
 Receive = Callable[[], Any]  # as ASGI defines it
 Queue = asyncio.Queue[Any]  # of token ids, lengths and a future for each request
-
-
-@dataclass(eq=False)
-class RequestError(UserError):
-    """A request that is refused, with an HTTP status."""
-
-    http_status: int = 400
 
 
 async def compute(classifier: Classifier, waiting: Queue, batch_tokens: int) -> None:
@@ -85,23 +77,23 @@ async def read_texts(receive: Receive, takes_pairs: bool | None) -> tuple[list[A
             message = await receive()
             content += message.get("body", b"")  # none if the client has gone
             if len(content) > MAX_BODY_BYTES:
-                raise RequestError(f"a request may have at most {MAX_BODY_BYTES:,} bytes", http_status=413)
+                raise UserError(f"a request may have at most {MAX_BODY_BYTES:,} bytes", status=413)
         return content
 
     try:
         body = json.loads(await asyncio.wait_for(read_body(), REQUEST_TIMEOUT_S))
     except asyncio.TimeoutError:
-        raise RequestError(f"a request must arrive within {REQUEST_TIMEOUT_S:g} seconds", http_status=408) from None
+        raise UserError(f"a request must arrive within {REQUEST_TIMEOUT_S:g} seconds", status=408) from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"not JSON: {error}"[:200]) from None
+        raise UserError(f"not JSON: {error}"[:200], status=400) from None
     texts = body.get("texts") if isinstance(body, dict) else None
     if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
-        raise RequestError(f"texts: a list of 1 to {MAX_TEXTS} texts is needed")
+        raise UserError(f"texts: a list of 1 to {MAX_TEXTS} texts is needed", status=400)
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     if not all(isinstance(part, str) and len(part) <= MAX_TEXT_CHARACTERS for part in parts):
-        raise RequestError(f"texts must be strings of at most {MAX_TEXT_CHARACTERS:,} characters, or pairs of them")
+        raise UserError(f"texts must be strings of at most {MAX_TEXT_CHARACTERS:,} characters, or pairs", status=400)
     if takes_pairs is not None and any(isinstance(text, list) != takes_pairs for text in texts):
-        raise RequestError(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}")
+        raise UserError(f"texts: this model takes {'pairs of texts' if takes_pairs else 'single texts'}", status=400)
     return texts, sum(map(len, parts)), bool(body.get("all_probabilities"))
 
 
@@ -117,9 +109,9 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
             is_short = characters <= INLINE_CHARACTERS
             ids, lengths = classifier.encode(texts) if is_short else await asyncio.to_thread(classifier.encode, texts)
         except (UserError, TypeError) as error:
-            raise RequestError(str(error)) from None
+            raise UserError(str(error), status=400) from None
         if counts[WAITING] + len(lengths) > MAX_QUEUED_TEXTS:
-            raise RequestError("too many texts are waiting; try again later", http_status=503)
+            raise UserError("too many texts are waiting; try again later", status=503)
         future = asyncio.get_running_loop().create_future()
         waiting.put_nowait((ids, lengths, future))
         counts[WAITING] += len(lengths)
@@ -147,7 +139,7 @@ def make_app(classifier: Classifier, arguments: argparse.Namespace, waiting: Que
                 status = 200
                 counts[TEXTS] += len(answer)
             except UserError as error:
-                status = error.http_status if isinstance(error, RequestError) else 500
+                status = error.status if error.status in STATUSES else 500  # 2: the model is damaged
                 answer = {"detail": str(error)}
             finally:
                 counts[REQUESTS[status]] += 1
@@ -231,8 +223,7 @@ def supervise(processes: list[Any]) -> None:
     for process in processes:
         process.join()
     if died := [each.exitcode for each in processes if each.exitcode not in (0, *(-number for number in SIGNALS))]:
-        fix = "start it with fewer --workers"
-        raise UserError(f"a worker ended by itself (status {died[0]}), so the service has ended; {fix}")
+        raise UserError(f"a worker ended by itself (status {died[0]}), and so the service; start fewer --workers")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,17 +66,16 @@ def linear_probe(config: Config) -> float:
         setattr(classifier.head, name, nn.Identity())
     model = prediction_model(classifier.requires_grad_(False).eval().to(device))
 
-    def features_of(cache: TokenCache, rows: np.ndarray) -> torch.Tensor:
-        starts, lengths = cache.starts[rows], cache.lengths[rows]
-        return outputs_of(model, cache.ids, starts, lengths, config.eval_batch_tokens, device)
+    def features_of(cache: TokenCache) -> torch.Tensor:
+        return outputs_of(model, cache.ids, cache.starts, cache.lengths, config.eval_batch_tokens, device)
 
-    train, dev = inputs.caches["train"], inputs.caches["dev"]
-    rows = np.sort(np.random.RandomState(config.seed).permutation(len(train))[:MAX_PROBE_ROWS])
-    features = features_of(train, rows)
+    all_rows, dev = inputs.caches["train"], inputs.caches["dev"]
+    train = all_rows.part(np.sort(np.random.RandomState(config.seed).permutation(len(all_rows))[:MAX_PROBE_ROWS]))
+    features = features_of(train)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
-    features, labels = (features - mean) / deviation, torch.from_numpy(train.labels[rows])
-    weights = torch.ones(len(rows)) if train.weights is None else torch.from_numpy(train.weights[rows])
-    task = inputs.task.for_training(config, train.labels, train.weights, torch.device("cpu"))
+    features, labels = (features - mean) / deviation, torch.from_numpy(train.labels)
+    weights = torch.ones(len(train)) if train.weights is None else torch.from_numpy(train.weights)
+    task = inputs.task.for_training(config, all_rows.labels, all_rows.weights, torch.device("cpu"))
     layer = nn.Linear(features.shape[1], task.outputs)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -90,7 +89,7 @@ def linear_probe(config: Config) -> float:
 
     optimizer.step(loss)
     with torch.no_grad():
-        logits = layer((features_of(dev, np.arange(len(dev))) - mean) / deviation)
+        logits = layer((features_of(dev) - mean) / deviation)
         results = task.row_results(logits, torch.tensor(dev.labels))
     return main_metric(task.metrics(results.numpy(), dev.labels))
 
@@ -98,8 +97,7 @@ def linear_probe(config: Config) -> float:
 def divide(config: Config, folds: int) -> tuple[Config, Task, FileRows, np.ndarray]:
     """Return the config, its task and training rows, and the number of each row's fold, int64 [rows], from 1."""
     if config.dev_file or config.dev_share or config.eval_file:
-        others = "--dev-file, --dev-share and --eval-file"
-        raise UserError(f"--folds evaluates on parts of the training rows; leave out {others}")
+        raise UserError("--folds evaluates on training rows; leave out --dev-file, --dev-share and --eval-file")
     files = [str(file) for file in find_files(config)[0]["train"]]
     task, splits = inspect_splits(dataclasses.replace(config, data_dir=None, train_file=files, test_file=[]))
     rows = list(splits["train"].rows(task))

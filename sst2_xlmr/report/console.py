@@ -28,7 +28,7 @@ from sst2_xlmr.util import versions
 from sst2_xlmr.util.device import used_memory_gb
 from sst2_xlmr.util.distributed import World
 from sst2_xlmr.util.errors import say
-from sst2_xlmr.util.files import disk_errors, write_errors
+from sst2_xlmr.util.files import write_errors
 
 
 def header_lines(
@@ -75,12 +75,10 @@ class Report:
     `say`, `say_*`, `advance` and `close` never raise: a closed console does not stop a run.
     """
 
-    def __init__(
-        self, inputs: Inputs, state: TrainState, folder: Path, total_steps: int, rewritten_splits: list[str]
-    ) -> None:
+    def __init__(self, inputs: Inputs, state: TrainState, folder: Path, total_steps: int, rewritten: list[str]) -> None:
         """Open the outputs in a claimed folder, to continue after the state's step; UserError if that fails.
 
-        Metrics that a run has logged later are dropped, and at this step those of the splits in `rewritten_splits`.
+        Metrics that a run has logged later are dropped, and at this step those of the splits in `rewritten`.
         """
         config, first_step = inputs.config, state.step
         self._inputs, self._task, self._total_steps = inputs, inputs.task, total_steps
@@ -88,7 +86,7 @@ class Report:
         path = folder / "metrics.jsonl"
         purge_step = first_step + 1 if path.exists() else None
         with write_errors(path):
-            drop_metrics(path, first_step, rewritten_splits)
+            drop_metrics(path, first_step, rewritten)
             self._metrics = path.open("a", encoding="utf-8")
         path = Path(config.tensorboard_dir or folder / "tensorboard")
         with write_errors(path):
@@ -132,7 +130,7 @@ class Report:
         """Write an evaluation's metrics; with a task, which reads its probabilities, also plots and mistakes."""
         if task:
             rows, labels = self._inputs.splits[split], self._inputs.caches[split].labels
-            with disk_errors(f"events to {self._events.log_dir}"):
+            with write_errors(f"events to {self._events.log_dir}", is_resumable=True):
                 tensorboard.draw_evaluation(self._events, step, split, rows, labels, evaluation, task)
         scalars = {key: evaluation.metrics[key] for key in self._task.tensorboard_metrics}
         self._write({"step": step, "split": split, **evaluation.metrics}, split, scalars)
@@ -158,7 +156,7 @@ class Report:
 
     def sync(self) -> None:
         """Sync metrics.jsonl to disk."""
-        with disk_errors(f"metrics to {self._metrics.name}"):
+        with write_errors(f"metrics to {self._metrics.name}", is_resumable=True):
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
@@ -169,8 +167,8 @@ class Report:
 
     def _write(self, entry: dict[str, Any], group: str, scalars: dict[str, float]) -> None:
         """Write and flush a line of metrics and a group's scalars: a resumed run does not write them again."""
-        with disk_errors(f"metrics to {self._metrics.name}"):
+        with write_errors(f"metrics to {self._metrics.name}", is_resumable=True):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
-        with disk_errors(f"events to {self._events.log_dir}"):
+        with write_errors(f"events to {self._events.log_dir}", is_resumable=True):
             tensorboard.add_scalars(self._events, entry["step"], group, scalars)

@@ -11,7 +11,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def draw_evaluation(
         ranks = np.searchsorted(np.sort(scores), scores) / len(labels)
         writer.add_pr_curve(f"{name}/pr_{label}", is_label, ranks, step)
     wrong, prediction_of = task.mistakes(outputs, labels)
-    table = mistakes_table(wrong, prediction_of, len(labels), partial(split.texts_at, task), not confusion.size)
+    table = mistakes_table(wrong, prediction_of, len(labels), lambda at: split.texts_at(task, at), not confusion.size)
     writer.add_text(f"{name}/mistakes", table, step)
 
 

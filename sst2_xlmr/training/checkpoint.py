@@ -5,7 +5,6 @@ written under another name, synced to disk and renamed; without a valid manifest
 the tensors are written; digests, syncing and renaming follow on a background thread.
 """
 
-import dataclasses
 import json
 import shutil
 import time
@@ -22,7 +21,7 @@ from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.state import TrainState
 from sst2_xlmr.util.distributed import World, gather_objects, on_rank0
-from sst2_xlmr.util.files import BackgroundWriter, digest_of, disk_errors, put_in_place, read_errors, scratch_name
+from sst2_xlmr.util.files import BackgroundWriter, digest_of, put_in_place, read_errors, scratch_name, write_errors
 from sst2_xlmr.util.tensors import TensorLike, write_tensors
 
 _TENSOR_FILES = tuple(f"{name}.safetensors" for name in ("model", "optimizer", "vocabulary", "random"))
@@ -51,15 +50,15 @@ def save_checkpoint(
         "vocabulary": {"ids": vocabulary.ids},
         "random": {name: state for own in gather_objects(world, random) for name, state in own.items()},
     }
-    values = {"state": dataclasses.asdict(state), "meter": meter.totals, "world_size": world.world_size}
+    values = {"state": vars(state), "meter": meter.totals, "world_size": world.world_size}
     values["vocabulary"] = {"decay": vocabulary.unused_rows_factor}
     target = folder / f"step-{state.step:08d}"
     unfinished = scratch_name(target)
 
     def finish() -> None:
-        with disk_errors(f"the checkpoint {target}", unfinished):
+        with write_errors(f"the checkpoint {target}", unfinished, is_resumable=True):
             files = {f.name: {"bytes": f.stat().st_size, "sha256": digest_of(f)} for f in sorted(unfinished.iterdir())}
-            (unfinished / "manifest.json").write_text(_manifest(files), encoding="utf-8")
+            (unfinished / "manifest.json").write_text(_json(files), encoding="utf-8")
             put_in_place(unfinished, target)
             manifests = sorted(folder.glob("step-????????/manifest.json"))
             # Those of later steps are damaged, or the run would have resumed from them: they do not count.
@@ -70,13 +69,12 @@ def save_checkpoint(
 
     def write() -> tuple[int, float]:
         background_writer.wait()
-        with disk_errors(f"the checkpoint {target}", unfinished):
+        with write_errors(f"the checkpoint {target}", unfinished, is_resumable=True):
             unfinished.mkdir(parents=True)
             for name in tensors:
                 write_tensors(tensors[name], unfinished / f"{name}.safetensors")
-            for name, content in (("state", values), ("config", dataclasses.asdict(config))):
-                text = json.dumps(content, indent=2, ensure_ascii=False)
-                (unfinished / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            for name, content in (("state", values), ("config", vars(config))):
+                (unfinished / f"{name}.json").write_text(_json(content), encoding="utf-8")
             size = sum(file.stat().st_size for file in unfinished.iterdir())
         background_writer.submit(finish)
         return size, time.monotonic() - started
@@ -84,9 +82,9 @@ def save_checkpoint(
     return on_rank0(world, write)
 
 
-def _manifest(files: Any) -> str:
-    """Return the text of a manifest; one that differs from it in any byte is damaged."""
-    return json.dumps(files, indent=2) + "\n"
+def _json(content: Any) -> str:
+    """Return the text of a JSON file; a manifest that differs from it in any byte is damaged."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def find_damage(checkpoint: Path) -> str:
@@ -96,7 +94,7 @@ def find_damage(checkpoint: Path) -> str:
     try:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         files = json.loads(text)
-        if text != _manifest(files) or not files.keys() >= {*_FILES}:
+        if text != _json(files) or not files.keys() >= {*_FILES}:
             return "manifest.json is damaged"
         for name, entry in files.items():
             file = checkpoint / name
@@ -140,7 +138,7 @@ def load_checkpoint(checkpoint: Path, contents: CheckpointContents, seed: int, w
         vocabulary.unused_rows_factor = values["vocabulary"]["decay"]
         weights, moments, saved, random = (load_file(checkpoint / name) for name in _TENSOR_FILES)
         vocabulary.adapt_checkpoint(weights, moments, saved["ids"], optimizer.weights()[EMBEDDING][:])
-        optimizer.load(weights, moments, state.updates)
+        optimizer.load(weights, moments, state.step - state.skipped)
         seed_rank(seed + state.step, world.rank)
         if values["world_size"] == world.world_size:
             torch.set_rng_state(random[f"cpu.{world.rank}"])

@@ -1,6 +1,5 @@
 """Training metrics, averaged since the last logged line."""
 
-import functools
 import time
 from typing import Any
 
@@ -33,9 +32,8 @@ class TrainMeter:
         self._started = time.monotonic() - totals.pop("seconds", 0.0)
         self._norm = torch.tensor(totals.pop("grad_norm", 0.0), device=device)
         self._norm_sum = torch.zeros_like(self._norm)  # stays non-finite after any non-finite norm
-        rank_0 = float(self._world.is_rank0)  # the totals count once
-        as_tensor = functools.partial(torch.tensor, dtype=torch.float64, device=device)
-        self._sums = {name: as_tensor(total * rank_0) for name, total in totals.items()}
+        rank_0 = float(self._world.rank == 0)  # the totals count once
+        self._sums = {name: torch.tensor(totals[name] * rank_0, dtype=torch.float64, device=device) for name in totals}
 
     def add(self, sums: dict[str, torch.Tensor], norm: torch.Tensor, batches: list[MicroBatch]) -> None:
         """Add a step: sums of metrics over this rank's rows, float64 [], and the gradient's norm, fp32 []."""

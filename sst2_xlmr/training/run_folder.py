@@ -1,7 +1,6 @@
 """The run's folder: its lock, `config.json`, `metrics.jsonl`, and the leftovers of a killed process."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -46,7 +45,7 @@ def write_config(run_folder: Path, config: Config, is_new: bool) -> None:
     target = run_folder / "config.json"
     if is_new and target.exists():
         raise UserError(f"{target} already exists; continue it with --resume or choose another directory")
-    content = {"sst2_xlmr": __version__, **dataclasses.asdict(config)}
+    content = {"sst2_xlmr": __version__, **vars(config)}
     with write_errors(target):
         write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

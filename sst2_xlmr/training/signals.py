@@ -1,9 +1,6 @@
 """Stopping on a signal: it sets a flag, and all ranks agree on the step after which they stop."""
 
-from __future__ import annotations
-
 import signal
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ class StopRequest:
         self._pending_vote: Any = None
         self._former_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         self._former_handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
@@ -34,7 +31,7 @@ class StopRequest:
         if self._pending_vote is not None and kind is None:
             self._pending_vote.wait()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, _: object) -> None:
         self.signal = self.signal or number
 
     def vote(self) -> bool:

@@ -18,7 +18,7 @@ class TrainState:
     evaluations: int = 0
     stale_evaluations: int = 0  # since the best one
     evaluation_due: bool = False  # this step's evaluation has not finished
-    skipped: int = 0  # batches whose gradient was not finite
+    skipped: int = 0  # batches whose gradient was not finite, so that no optimizer step was taken
     skipped_in_row: int = 0  # consecutive ones, up to now
     has_learned: bool = False  # the logged loss was once clearly below the class-prior baseline
     collapse_check_due: bool = False
@@ -27,11 +27,6 @@ class TrainState:
     ece_before: float = 0.0  # expected calibration error at temperature 1
     ece_after: float = 0.0
     thresholds: list[float] = field(default_factory=list)  # of the labels, fitted on dev in the last evaluation
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps taken."""
-        return self.step - self.skipped
 
     def advance(self, skipped: bool = False) -> None:
         """Move to the next global batch."""

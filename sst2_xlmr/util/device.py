@@ -22,9 +22,9 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    if local_world_size > torch.cuda.device_count():
-        count, needed = torch.cuda.device_count(), f"{local_world_size} processes need as many GPUs"
-        raise UserError(f"{needed}, but this node has {count}; start torchrun with --nproc_per_node={count} or less")
+    if local_world_size > (count := torch.cuda.device_count()):
+        problem = f"{local_world_size} processes need as many GPUs, but this node has {count}"
+        raise UserError(f"{problem}; start torchrun with --nproc_per_node={count} or less")
     return torch.device("cuda", local_rank)
 
 
@@ -85,5 +85,4 @@ def memory_errors(fix: str) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         where = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        text = f"{'CUDA out of memory' if on_gpu else 'out of memory'}{where}: {fix}"
-        raise UserError(text, on_this_rank=True) from error
+        raise UserError(f"{'CUDA ' * on_gpu}out of memory{where}: {fix}", on_this_rank=True) from error

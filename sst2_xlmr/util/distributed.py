@@ -41,10 +41,6 @@ class World:
     slow_group: Any = None  # the same, with `SLOW_TIMEOUT`
     timeout_s: float = math.inf  # of silence, until a process counts as lost
 
-    @property
-    def is_rank0(self) -> bool:
-        return self.rank == 0
-
 
 def _read_environment() -> dict[str, int]:
     """Return rank, world_size, local_rank and local_world_size from torchrun's variables; UserError if inconsistent."""
@@ -191,7 +187,7 @@ def local_rank0_first(world: World, prepare: Callable[[], Result]) -> Result:
 
 def on_rank0(world: World, work: Callable[[], Result]) -> Result | None:
     """Run `work` on rank 0 while the others wait; returns its result there, else None. All ranks raise its error."""
-    result, problem = _attempt(work) if world.is_rank0 else (None, "")
+    result, problem = _attempt(work) if world.rank == 0 else (None, "")
     if problem := broadcast(world, problem, world.slow_group, limit_s=world.timeout_s):
         raise_on_all(problem)
     return result

@@ -180,9 +180,8 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
             root = inner
         reason = (str(root).strip() or repr(root)).splitlines()[0]
         host = constants.ENDPOINT
-        elsewhere = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
-        failure = f"cannot be downloaded from {host}: {reason}"
-        problem = f"{name} is not a local folder, and {failure}; try again; {elsewhere}"
+        instead = f"or `sst2-xlmr fetch {name}` elsewhere, and HF_HUB_CACHE set to a copy of {cache}"
+        problem = f"{name} is not a local folder, and cannot be downloaded from {host}: {reason}; try again; {instead}"
         if isinstance(error, utils.GatedRepoError):
             problem = f"{name} is gated; ask for access at {host}/{repository}, and set HF_TOKEN"
         elif isinstance(error, utils.RepositoryNotFoundError):
@@ -190,7 +189,7 @@ def _library(name: str, quiet: bool) -> Iterator[tuple[ModuleType, Path]]:
         elif isinstance(error, utils.RevisionNotFoundError):
             problem = f"{repository} has no revision {revision} at {host}; check what follows @"
         elif constants.HF_HUB_OFFLINE:
-            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE; {elsewhere}"
+            problem = f"{name} is neither a folder nor whole in {cache}; unset HF_HUB_OFFLINE; {instead}"
         raise UserError(problem) from error
     finally:
         log.setLevel(level)

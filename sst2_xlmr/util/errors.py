@@ -24,7 +24,7 @@ class UserError(Exception):
     # Every rank raises it, and rank 0 reports it. If neither flag is set, local rank 0 of each node reports it.
     on_all_ranks: bool = False
     on_this_rank: bool = False  # only this rank raises it, and reports it
-    status: int = 2  # with which the program ends
+    status: int = 2  # with which the program ends; HTTP's for a request that is refused
     column_option: str = ""  # the option, if any, that must name another column
 
 
@@ -70,7 +70,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             raise
         fix = f"run `pip install -e .` in the project's folder, or `pip install {error.name}`"
         _end_with(UserError(f"{error.name} is not installed in {sys.prefix}: {fix}"))
-    except PermissionError as error:  # while reading; `disk_errors` handles writing
+    except PermissionError as error:  # while reading; `write_errors` handles writing
         if error.filename is None:
             raise
         _end_with(UserError(f"no permission for {error.filename}; ask its owner, or choose another path"))

@@ -83,9 +83,7 @@ def sync_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(
-    what: object, unfinished: Path | None = None, fix: str = "then continue (training: with --resume)"
-) -> Iterator[None]:
+def write_errors(what: object, unfinished: Path | None = None, is_resumable: bool = False) -> Iterator[None]:
     """Turn a failed write (e.g. a full disk) into a `UserError`; after any error, remove the folder `unfinished`."""
     try:
         yield
@@ -94,12 +92,8 @@ def disk_errors(
             shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
+        fix = "then continue (training: with --resume)" if is_resumable else "or choose another place"
         raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {fix}") from None
-
-
-def write_errors(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Turn a failed write outside training into a `UserError`; see `disk_errors`."""
-    return disk_errors(path, fix="or choose another place")
 
 
 @contextlib.contextmanager

@@ -44,8 +44,7 @@ def open_shards(output: Path, fingerprint: Any, resume: bool) -> Iterator[Path]:
                 if not os.fstat(file.fileno()).st_nlink:  # the other process has just finished, and removed it
                     raise BlockingIOError
             except BlockingIOError:
-                fix = "wait for it, stop it, or choose another --output"
-                raise UserError(f"another process is writing {output}; {fix}") from None
+                raise UserError(f"another process is writing {output}; wait, or choose another --output") from None
             previous = file.read()
             if resume and previous not in ("", content):
                 problem = f"the rows in {folder} belong to another model, input, machine or other options"

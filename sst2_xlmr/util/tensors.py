@@ -1,7 +1,5 @@
 """Tensors: written in the safetensors format without holding all of them in memory, and quantized to int8."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -26,7 +24,7 @@ class LazyTensor:
         start, stop, _ = rows.indices(self.shape[0])
         return self.rows(start, stop)
 
-    def chunk(self, count: int) -> list[LazyTensor]:
+    def chunk(self, count: int) -> "list[LazyTensor]":
         """Split into equal parts along the rows, like `torch.chunk`."""
         size, rows = self.shape[0] // count, self.rows
         shape = (size, *self.shape[1:])

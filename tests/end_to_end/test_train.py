@@ -237,7 +237,7 @@ def spoil_steps(monkeypatch: Patch, *bad: int) -> None:
 
     def spoiled(model: Any, batches: Any, loss: Any, world: World) -> Any:
         calls[0] += 1
-        spoils = calls[0] in bad and world.is_rank0
+        spoils = calls[0] in bad and world.rank == 0
         return real(model, batches, (lambda *rows: loss(*rows) * math.nan) if spoils else loss, world)
 
     monkeypatch.setattr(train, "forward_backward", spoiled)

@@ -16,10 +16,9 @@ from sentencepiece import SentencePieceTrainer
 
 from sst2_xlmr.data.rows import ReadOptions
 from sst2_xlmr.data.token_cache import tokenize_files
-from sst2_xlmr.export.tokenizer_json import tokenizer_json
 from sst2_xlmr.model.encoders import TOKENIZER_NAME
 from sst2_xlmr.model.tokenizer import CUT, Tokenizer
-from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest
+from sst2_xlmr.model.tokenizer_files import JSON_NAME, SETTINGS_NAME, added_tokens, tokenizer_digest, tokenizer_json
 from sst2_xlmr.programs import export
 from sst2_xlmr.task import SingleLabel
 
@@ -208,7 +207,7 @@ def test_other_classes_of_the_same_message_can_be_imported_too(tiny_encoder: Pat
     """In one process, protobuf takes only one file of a name into its common pool."""
     pytest.importorskip(other.partition(".")[0])
     code = (
-        "import importlib, pathlib, sys; from sst2_xlmr.export.tokenizer_json import tokenizer_json;"
+        "import importlib, pathlib, sys; from sst2_xlmr.model.tokenizer_files import tokenizer_json;"
         f"tokenizer_json(pathlib.Path(sys.argv[1])); importlib.import_module({other!r})"
     )
     printed_by(ROOT, sys.executable, "-c", code, tiny_encoder / TOKENIZER_NAME)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sst2_xlmr.util import shards
 from sst2_xlmr.util import tensors as tensor_files
 from sst2_xlmr.util.errors import UserError
-from sst2_xlmr.util.files import disk_errors, new_file, put_in_place, scratch_name, write_text
+from sst2_xlmr.util.files import new_file, put_in_place, scratch_name, write_errors, write_text
 from sst2_xlmr.util.shards import open_shards, remove_shards, shard_file, shards_of
 from sst2_xlmr.util.tensors import LazyTensor, write_tensors
 
@@ -51,7 +51,7 @@ def test_a_full_disk_hides_no_error_and_leaves_nothing(tmp_path: Path, name: str
     unfinished = scratch_name(tmp_path / "model")
     for error, expected in ((OSError(28, "No space left on device"), "free some space"), (UserError("row 3"), "row 3")):
         unfinished.mkdir()
-        with pytest.raises(UserError, match=expected), disk_errors("the model", unfinished):
+        with pytest.raises(UserError, match=expected), write_errors("the model", unfinished):
             raise error
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "before"

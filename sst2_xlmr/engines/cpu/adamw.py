@@ -83,7 +83,7 @@ class CpuAdamW:
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             place = next(places)
-            return place.copy_(tensor) if world.is_rank0 else place
+            return place.copy_(tensor) if world.rank == 0 else place
 
         for state in self._trained:
             assert state.exp_avg is not None
@@ -194,9 +194,9 @@ class CpuAdamW:
         """Load what `weights()` and `moments()` returned after `steps` steps; every rank must call it."""
         self._steps = steps
         for state in self._states:
-            if self._world.is_rank0 or not (self.shares_memory and state.weight.requires_grad):
+            if self._world.rank == 0 or not (self.shares_memory and state.weight.requires_grad):
                 state.load(weights[state.name])
-        if self._world.is_rank0 or not self.shares_memory:
+        if self._world.rank == 0 or not self.shares_memory:
             for name, tensor in self.moments().items():
                 tensor.copy_(moments[name])
         barrier_sum(self._group)  # rank 0 has copied everything

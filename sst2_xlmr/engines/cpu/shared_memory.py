@@ -29,7 +29,7 @@ def shared_bytes(world: World, size: int) -> mmap.mmap | None:
         return None
     file, address, mapped = -1, None, None
     token = secrets.token_bytes(ALIGNMENT)
-    if world.is_rank0:
+    if world.rank == 0:
         with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
             # Not in /dev/shm, which containers often limit to 64 MB.
             file = os.memfd_create("sst2_xlmr")
