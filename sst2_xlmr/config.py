@@ -321,9 +321,7 @@ def check(config: Config) -> None:
         if config.data_dir is not None and not Path(config.data_dir).is_dir():
             raise UserError(f"--data-dir {config.data_dir} is not a directory")
         for name, paths in files.items():
-            for file in paths:
-                if not Path(file).exists():
-                    raise UserError(f"{name} {file} does not exist")
+            refuse(*((not Path(file).exists(), f"{name} {file} does not exist") for file in paths))
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}") from None
     has_pairs, length, long_texts = config.text_pair_column is not None, config.max_length, config.long_texts

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sst2_xlmr.config import Config
 from sst2_xlmr.data.token_cache import TokenCache
@@ -17,16 +18,16 @@ BATCHES_PER_GROUP = 100
 class MicroBatch(NamedTuple):
     """A micro-batch: rows of one rank's part of a global batch that go through the model together."""
 
-    ids: torch.Tensor  # int64 [tokens], the concatenated rows
-    lengths: torch.Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
-    labels: torch.Tensor  # [rows, ...], of the task's dtype and shape
+    ids: Tensor  # int64 [tokens], the concatenated rows
+    lengths: Tensor  # int64 [rows] or [windows], tokens per row or per window; stays on the CPU
+    labels: Tensor  # [rows, ...], of the task's dtype and shape
     # int64 [rows] or [windows], below 2**32: seeds for an engine's dropout masks, from seed, epoch and row alone
-    dropout_keys: torch.Tensor
+    dropout_keys: Tensor
     global_rows: int  # of the global batch, over all ranks
     factor: float = 1.0  # on loss and counts: 0.0 for a filler batch, which only keeps ranks in step
-    row_weights: torch.Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
+    row_weights: Tensor | None = None  # fp32 [rows], factors on the rows' losses; None for ones
     global_weight: float = 0.0  # sum of the row weights over the global batch
-    windows: torch.Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
+    windows: Tensor | None = None  # int64 [rows], windows per row; None for one each; stays on the CPU
 
     def to(self, device: torch.device) -> "MicroBatch":
         ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
@@ -47,16 +48,14 @@ def dropout_keys(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return (splitmix64(rows.astype(np.uint64) + np.uint64(start)) >> np.uint64(32)).astype(np.int64)
 
 
-def select_rows(
-    ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select_rows(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return the rows' ids, int64 [tokens], and their lengths, int64 [rows]; other arguments as in `TokenCache`."""
     lengths = lengths[rows].astype(np.int64)
     chosen = [ids[start : start + length] for start, length in zip(starts[rows].tolist(), lengths.tolist())]
     return torch.from_numpy(np.concatenate(chosen).astype(np.int64)), torch.from_numpy(lengths)
 
 
-def split_windows(ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split_windows(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return tokens per window, int64 [windows], and windows per row, int64 [rows], or None for one each."""
     is_start = torch.from_numpy(window_starts(ids.numpy()))
     starts = is_start.nonzero()[:, 0]

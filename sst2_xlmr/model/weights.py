@@ -58,8 +58,7 @@ def _split(name: str) -> tuple[str, str, str]:
     """Split a tensor's name into the stem, with `#` for the layer index, the index, and `weight` or `bias`."""
     match = re.fullmatch(r"(.+)[._](weight|bias)", name)
     stem, kind = match.groups() if match else (name, "")
-    layer = str(layer_of(name))
-    return re.sub(r"(\.layers?\.)\d+\.", r"\1#.", stem), layer, kind
+    return re.sub(r"(\.layers?\.)\d+\.", r"\1#.", stem), str(layer_of(name)), kind
 
 
 def _xlmr_name(name: str, is_bert: bool) -> str:

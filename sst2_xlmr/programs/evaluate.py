@@ -66,9 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         (arguments.overwrite and not arguments.json, "--overwrite needs the --json file that it may replace"),
     )
     arguments.files = named_files(arguments.file, "--file") or {"dev": source}
-    for file in arguments.files.values():
-        if not file.exists():
-            raise UserError(f"{file} does not exist")
+    refuse(*((not file.exists(), f"{file} does not exist") for file in arguments.files.values()))
     if arguments.json:
         options.check_output("--json", arguments.json, arguments.overwrite)
     if arguments.tensorboard:

@@ -36,8 +36,7 @@ from sst2_xlmr.util.files import put_in_place, scratch_folder, write_errors
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}  # for a probability; bf16 weights have 8 significant bits
-ONNX_TOLERANCE = 1e-4
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "onnx": 1e-4}  # for a probability; bf16 weights have 8 significant bits
 ROWS_COMPARED = 1000  # of --keep-vocabulary-of: their predictions are compared, and the tokens of all rows
 ONNX_BATCH = 32
 SENTENCES = [  # to compare on without --check-file
@@ -233,8 +232,7 @@ def write(arguments: argparse.Namespace, encoder: EncoderFolder, task: Task, wri
         say("\n".join([*comparison_table(task, compared, "int8", "fp32"), *lines]))
         check_comparison(task, compared, arguments.most_changed / 100, arguments.most_lost / 100, "int8", "fp32")
         return f"int8 within the bounds on {rows}"
-    tolerance = ONNX_TOLERANCE if kind.startswith("onnx") else TOLERANCE[arguments.dtype]
-    if not difference <= tolerance:  # also if it is NaN
+    if not difference <= TOLERANCE["onnx" if kind.startswith("onnx") else arguments.dtype]:  # also if it is NaN
         what = f"a probability differs by {difference:.2g}; it was removed"
         raise UserError(f"the written model disagrees with {arguments.model}: {what}")
     return f"same answers on {rows}, probabilities within {difference:.1g}"

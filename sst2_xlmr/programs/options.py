@@ -54,9 +54,8 @@ probability, share, weight = number_to(1, "probability"), number_to(0.9, "share"
 
 
 def add_model_options(add: Add) -> None:
-    model: dict[str, Any] = {"required": True, "action": "append", "dest": "models", "type": Path}
     what = "a trained model's folder, or owner/name[@revision] on the Hub; repeat it to average several models"
-    add("--model", metavar="DIR|NAME", help=what, **model)
+    add("--model", required=True, action="append", dest="models", type=Path, metavar="DIR|NAME", help=what)
     what = f"tokens per forward pass (a longer row: alone) [{EVAL_BATCH_TOKENS}]"
     add("--batch-tokens", type=positive, default=EVAL_BATCH_TOKENS, metavar="TOKENS", help=what)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")

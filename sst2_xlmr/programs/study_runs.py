@@ -54,7 +54,7 @@ def write_rows(path: Path, task: Task, rows: Iterable[Row]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         for row in rows:
-            texts = {"text": row.text} if row.pair is None else {"text": row.text, "pair": row.pair}
+            texts = dict(zip(("text", "pair"), row.texts))
             content = {**texts, "label": task.label_to_json(row.label), "weight": row.weight}
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
