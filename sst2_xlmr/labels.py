@@ -138,10 +138,9 @@ def check_decimal_commas(labels: Iterable[str], path: object) -> None:
     """Raise UserError if commas in numbers may separate thousands: each is followed by exactly three digits."""
     with_comma = [label for label in labels if "," in label]
     if with_comma and all(map(_THOUSANDS.fullmatch, with_comma)):
-        without = with_comma[0].replace(",", "")
-        problem = "a decimal comma or one that separates thousands"
-        fix = f"write {without} or {with_comma[0].replace(',', '.')}"
-        raise UserError(f"{path}: label {with_comma[0]!r} has {problem}; {fix}")
+        label = with_comma[0]
+        fix = f"write {label.replace(',', '')} or {label.replace(',', '.')}"
+        raise UserError(f"{path}: label {label!r} has a decimal comma or one that separates thousands; {fix}")
 
 
 def is_number(label: str) -> bool:

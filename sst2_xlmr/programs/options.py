@@ -62,10 +62,6 @@ def add_model_options(add: Add) -> None:
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if native, else fp32; int8: needs VNNI")
 
 
-def add_abstention(add: Add) -> None:
-    add("--abstain-below", type=probability, default=0.0, metavar="P", help=f"predict {ABSTAINED} below probability P")
-
-
 def add_bounds(add: Add) -> None:
     """Add the bounds for comparing two precisions."""
     percent = number_to(100, "percentage")
@@ -81,7 +77,7 @@ def predict(parser: OneLineParser, add: Add) -> None:
     add("--output", type=Path, metavar="FILE", help=f"write to a {ROWS_FILE} instead of standard output")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--resume", action="store_true", help="continue a killed run with the same --input and --output")
-    add_abstention(add)
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=f"predict {ABSTAINED} below probability P")
     add("--all-probabilities", action="store_true", help="add a column for the probability of every label")
     add("--glue-submission", type=Path, metavar="DIR", help="write DIR/SST-2.tsv for the GLUE server")
     add("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
@@ -170,7 +166,7 @@ def serve(parser: OneLineParser, add: Add) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     add("--port", type=int, default=8000, help="port to listen on [8000]")
     add("--workers", type=positive, default=1, metavar="N", help="worker processes, which share the cores [1]")
-    add_abstention(add)
+    add("--abstain-below", type=probability, default=0.0, metavar="P", help=f"predict {ABSTAINED} below probability P")
 
 
 PROGRAMS: dict[str, Callable[[OneLineParser, Add], None]] = {
