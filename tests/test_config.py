@@ -221,5 +221,4 @@ def test_a_file_of_options_and_what_overrides_it(tmp_path: Path) -> None:
         file.write_bytes(content)
         assert f"{file} does not hold options: {says}" in user_error(parse_args, [f"@{file}"])
     file.unlink()
-    says = f"cannot read {file}, named by @{file}: No such file"
-    assert says in user_error(parse_args, [f"@{file}"])
+    assert f"cannot read {file}, named by @{file}: No such file" in user_error(parse_args, [f"@{file}"])

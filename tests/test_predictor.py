@@ -48,8 +48,7 @@ def test_a_loaded_model_does_not_change_with_its_file(model: Path, tmp_path: Pat
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     classifier = sst2_xlmr.load(folder, precision=precision, device="cpu")
     expected = classifier.probabilities(TEXTS)
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.write(bytes((folder / "model.safetensors").stat().st_size))
+    (folder / "model.safetensors").write_bytes(bytes((folder / "model.safetensors").stat().st_size))
     assert np.array_equal(classifier.probabilities(TEXTS), expected)
 
 

@@ -334,8 +334,7 @@ WRONG_USE = {
 def test_wrong_use(model: Path, options: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
-    words = options.replace("MODEL", str(model)).split()
-    assert WRONG_USE[options] in user_error(run, model, *words)
+    assert WRONG_USE[options] in user_error(run, model, *options.replace("MODEL", str(model)).split())
 
 
 @pytest.mark.parametrize(

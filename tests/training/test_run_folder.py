@@ -22,13 +22,7 @@ from sst2_xlmr.config import Config
 from sst2_xlmr.model.encoders import EncoderShape
 from sst2_xlmr.model.roberta import SequenceClassifier
 from sst2_xlmr.model.vocabulary import EMBEDDING, Vocabulary
-from sst2_xlmr.training.checkpoint import (
-    find_checkpoint,
-    find_damage,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from sst2_xlmr.training.checkpoint import find_checkpoint, find_damage, load_checkpoint, read_state, save_checkpoint
 from sst2_xlmr.training.meter import TrainMeter
 from sst2_xlmr.training.optimizer import AdamW
 from sst2_xlmr.training.run_folder import lock_run_folder, write_config
