@@ -75,7 +75,7 @@ def train(run: Run) -> None:
 
 def prepare_inputs(config: Config, world: World) -> tuple[Inputs, dict[str, str]]:
     """Load and tokenize the inputs; returns them and the SHA-256 of each, checked to be equal on all ranks."""
-    inputs = local_rank0_first(world, lambda: prepare(config, quiet=world.local_rank != 0))
+    inputs = local_rank0_first(world, lambda: prepare(config))
     trim_malloc()  # give back what tokenizing has used
     # --compile may change on resume, but all ranks of a run must agree on it.
     fixed = [name for name, option in OPTIONS.items() if name == "compile" or not option.metadata["changeable"]]

@@ -78,9 +78,9 @@ class Inputs:
         }
 
 
-def inspect_splits(config: Config, quiet: bool = False) -> tuple[Task, dict[str, Split]]:
+def inspect_splits(config: Config) -> tuple[Task, dict[str, Split]]:
     """Find and read all files; UserError for a label that is no class, or an unusable row without `--drop-unusable`."""
-    files, notes = find_files(config, quiet)
+    files, notes = find_files(config)
     check_splits(config.columns, files)
     splits: dict[str, Split] = {}
     labels: dict[str, list[int]] = {}  # of the training files
@@ -134,12 +134,12 @@ def check_sizes(config: Config, shape: encoders.EncoderShape) -> None:
         raise UserError(f"--layers {config.layers}: {config.encoder} has {shape.layers} layers")
 
 
-def prepare(config: Config, quiet: bool = False) -> Inputs:
+def prepare(config: Config) -> Inputs:
     """Fetch and tokenize the run's inputs, reusing downloads and token caches."""
-    task, splits = inspect_splits(config, quiet)
+    task, splits = inspect_splits(config)
     if config.encoder in encoders.BUNDLE_SHAPES:  # check before the download
         check_sizes(config, encoders.BUNDLE_SHAPES[config.encoder])
-    encoder = encoders.find_encoder(config.encoder, quiet)
+    encoder = encoders.find_encoder(config.encoder)
     check_sizes(config, encoder.shape)
     encoder = encoders.lowest_layers(encoder, config.layers)
     settings = encoder.tokenizer_file, config.max_length, long_texts_of(config)

@@ -40,11 +40,11 @@ def find_split(data_dir: Path, split: str, is_needed: bool = True) -> list[Path]
     return present
 
 
-def find_files(config: Config, quiet: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
+def find_files(config: Config) -> tuple[dict[str, list[Path]], list[str]]:
     """Return split -> files (dev only if it has files of its own, test files by their names), and notes."""
     folder = Path(config.data_dir) if config.data_dir else None
     if folder is None and not config.train_file:
-        folder = downloads.fetch_sst2(quiet=quiet)
+        folder = downloads.fetch_sst2()
     files = {"train": [Path(file) for file in config.train_file] or (find_split(folder, "train") if folder else [])}
     notes = []
     if config.dev_file:

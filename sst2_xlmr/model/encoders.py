@@ -78,10 +78,10 @@ def lowest_layers(encoder: EncoderFolder, layers: int) -> EncoderFolder:
     return replace(encoder, shape=shape, label_names=None, cut_from=encoder.shape.layers)
 
 
-def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
+def find_encoder(name: str) -> EncoderFolder:
     """Find torchtext's bundle, the folder, or else the model on the Hub of this name; UserError if it is unusable."""
     if name in BUNDLE_SHAPES:
-        return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name, quiet=quiet))
+        return EncoderFolder(name, BUNDLE_SHAPES[name], *downloads.fetch_bundle(name))
     folder = Path(name)
     if is_on_hub := not folder.is_dir():
         if not is_hub_id(name):
@@ -104,11 +104,11 @@ def find_encoder(name: str, quiet: bool = False) -> EncoderFolder:
         fix = "copy one from the model that it was trained from, e.g. FacebookAI/xlm-roberta-base on the Hub"
         raise UserError(f"{folder} has neither {TOKENIZER_NAME} nor {JSON_NAME}{bert}; {fix}")
     stated = checked_settings(tokenizer_file).get("model_max_length")
-    weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet)
+    weights_file = find([*WEIGHTS_NAMES, *(f"{name}.index.json" for name in WEIGHTS_NAMES)], quiet=False)
     if weights_file is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS_NAMES)}; is it a model folder?")
     for shard in weight_shards(weights_file):
-        if find([shard.name], quiet) is None:
+        if find([shard.name], quiet=False) is None:
             raise UserError(f"{folder} has no {shard.name}, which {weights_file.name} names; fetch it again")
     max_length = min(shape.positions - 2, stated if isinstance(stated, int) and stated > 2 else shape.positions)
     is_bert = settings["model_type"] == "bert"

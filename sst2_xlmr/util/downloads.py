@@ -58,22 +58,22 @@ def ensure_private(folder: Path) -> bool:
     return False
 
 
-def fetch_bundle(name: str, *, quiet: bool = False) -> tuple[Path, Path]:
+def fetch_bundle(name: str) -> tuple[Path, Path]:
     """Fetch one of torchtext's encoders; returns the files of its weights (torch.save) and its SentencePiece model."""
     folder, files = cache_dir() / "encoders" / name, []
     for url in BUNDLE_URLS[name]:
         files.append(folder / Path(url).name)
         if not files[-1].exists():
-            with _downloaded(url, folder, quiet) as part:
+            with _downloaded(url, folder) as part:
                 part.replace(files[-1])
     return files[0], files[1]
 
 
-def fetch_sst2(*, quiet: bool = False) -> Path:
+def fetch_sst2() -> Path:
     """Return SST-2's folder, with train.tsv, dev.tsv and test.tsv; UserError if an existing one holds other files."""
     folder = cache_dir() / "SST-2"
     if not folder.exists():
-        with _downloaded(SST2_URL, folder.parent, quiet) as archive:
+        with _downloaded(SST2_URL, folder.parent) as archive:
             if (md5 := digest_of(archive, "md5")) != SST2_MD5:
                 fix = _FIX.format(cache_dir())
                 raise UserError(f"{SST2_URL} has MD5 {md5}, expected {SST2_MD5}, and was not kept; {fix}")
@@ -94,13 +94,13 @@ def fetch_sst2(*, quiet: bool = False) -> Path:
 
 
 @contextlib.contextmanager
-def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
+def _downloaded(url: str, folder: Path) -> Iterator[Path]:
     """Download `url` into a temporary folder in `folder`, and yield the file; disk errors become a `UserError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
             part = Path(scratch, Path(url).name)
-            _download(url, part, quiet)
+            _download(url, part)
             sync_files(part.parent)
             yield part
     except OSError as error:
@@ -108,14 +108,14 @@ def _downloaded(url: str, folder: Path, quiet: bool) -> Iterator[Path]:
         raise UserError(f"cannot use the cache {cache_dir()}: {error}; {fix}") from error
 
 
-def _download(url: str, part: Path, quiet: bool) -> None:
+def _download(url: str, part: Path) -> None:
     """Download `url` to `part`, with retries; OSError if the disk is full, UserError if the server fails."""
-    has_bar = not quiet and sys.stderr.isatty()
+    has_bar = sys.stderr.isatty()
     for wait_s in (*RETRY_WAITS_S, None):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, part.open("wb") as file:
                 length = int(response.headers.get("Content-Length", 0))
-                if length > 1e6 and not quiet and not has_bar:
+                if length > 1e6 and not has_bar:
                     print(f"downloading {url} ({length / 1e6:,.0f} MB)", file=sys.stderr, flush=True)
                 with tqdm.wrapattr(file, "write", total=length or None, disable=not has_bar) as target:
                     shutil.copyfileobj(response, target)
