@@ -69,13 +69,13 @@ def linear_probe(config: Config) -> float:
     def features_of(cache: TokenCache) -> torch.Tensor:
         return outputs_of(model, cache.ids, cache.starts, cache.lengths, config.eval_batch_tokens, device)
 
-    all_rows, dev = inputs.caches["train"], inputs.caches["dev"]
-    train = all_rows.part(np.sort(np.random.RandomState(config.seed).permutation(len(all_rows))[:MAX_PROBE_ROWS]))
-    features = features_of(train)
+    rows, dev = inputs.caches["train"], inputs.caches["dev"]
+    fitted = rows.part(np.sort(np.random.RandomState(config.seed).permutation(len(rows))[:MAX_PROBE_ROWS]))
+    features = features_of(fitted)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
-    features, labels = (features - mean) / deviation, torch.from_numpy(train.labels)
-    weights = torch.ones(len(train)) if train.weights is None else torch.from_numpy(train.weights)
-    task = inputs.task.for_training(config, all_rows.labels, all_rows.weights, torch.device("cpu"))
+    features, labels = (features - mean) / deviation, torch.from_numpy(fitted.labels)
+    weights = torch.ones(len(fitted)) if fitted.weights is None else torch.from_numpy(fitted.weights)
+    task = inputs.task.for_training(config, rows.labels, rows.weights, torch.device("cpu"))
     layer = nn.Linear(features.shape[1], task.outputs)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")

@@ -93,7 +93,8 @@ def write_errors(what: object, unfinished: Path | None = None, is_resumable: boo
         if not isinstance(error, OSError):
             raise
         fix = "then continue (training: with --resume)" if is_resumable else "or choose another place"
-        raise UserError(f"cannot write {what}: {error.strerror or error}; free some space, {fix}") from None
+        fix = "choose another place" if isinstance(error, FileExistsError) else f"free some space, {fix}"
+        raise UserError(f"cannot write {what}: {error.strerror or error}; {fix}") from None
 
 
 @contextlib.contextmanager

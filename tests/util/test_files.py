@@ -71,7 +71,7 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError):
         put_in_place(tmp_path / "new", tmp_path / "folder")
     for name in ("a", "link"):  # a file, and a link
-        with pytest.raises(FileExistsError, match="it already exists"):
+        with pytest.raises(UserError, match="it already exists; choose another place"), write_errors(name):
             put_in_place(tmp_path / "b", tmp_path / name, replaces=False)
     assert (tmp_path / "a").read_text() == "precious"
 
